@@ -1,0 +1,252 @@
+"""Every setting of a run: its name, type, default, one sentence, and its rule beneath it.
+
+Reading top to bottom is reading the manual: `launch/pretrain_moe.py --help` prints this file. Rules that need more than one section
+(say, experts and the expert-parallel degree) stand in `validate.py`. This module imports no torch, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A group of settings: unknown names are errors, `true` is not an int, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """Shape of the transformer (LLaMA type: RMSNorm, SwiGLU, rotary positions, no bias unless said)."""
+
+    num_layers: Positive = Field(description="Transformer layers.")
+    hidden_size: Positive = Field(description="Width of the residual stream.")
+    ffn_hidden_size: Positive = Field(description="Inner width of a dense layer's SwiGLU feed-forward, and of an expert unless moe.ffn_hidden_size says otherwise.")
+    num_attention_heads: Positive = Field(description="Query heads.")
+    num_query_groups: Positive | None = Field(None, description="Key/value heads; unset means one per query head (MHA).")
+    head_dim: Positive | None = Field(None, description="Width of one head; unset means hidden_size / num_attention_heads.")
+    vocab_size: Positive = Field(description="Tokens the tokenizer knows, before padding.")
+    vocab_divisible_by: Positive = Field(128, description="The embedding is padded to a multiple of this; it does not depend on the layout.")
+    max_position_embeddings: Positive = Field(4096, description="Longest sequence the model is meant for.")
+    rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary position embedding.")
+    norm_epsilon: float = Field(1e-6, gt=0, description="Epsilon of every RMSNorm.")
+    tie_embeddings: bool = Field(False, description="Use the input embedding as the output layer.")
+    qkv_bias: bool = Field(False, description="Bias on query, key and value projections (Qwen2).")
+    qk_norm: bool = Field(False, description="RMSNorm on each head's query and key (Qwen3).")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    attention_dropout: Share = Field(0.0, description="Dropout on attention probabilities.")
+    hidden_dropout: Share = Field(0.0, description="Dropout on the residual branches.")
+    backend: Literal["auto", "torch", "te"] = Field("auto", description="torch: plain PyTorch modules, everywhere; te: Transformer Engine; auto: te when it is installed and a GPU is there.")
+
+    @model_validator(mode="after")
+    def _heads(self) -> Model:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}; set head_dim, or choose a divisor")
+        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
+            raise ValueError(f"num_query_groups={self.num_query_groups} does not divide num_attention_heads={self.num_attention_heads}")
+        return self
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def resolved_query_groups(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_divisible_by) * self.vocab_divisible_by
+
+
+class AdaptiveAux(Section):
+    """Adaptive auxiliary-loss coefficients, one per MoE layer (Skywork-MoE report, section 4.2)."""
+
+    enabled: bool = Field(False, description="Move each layer's coefficient towards min(sensitivity * drop rate, maximum) after every step.")
+    sensitivity: float = Field(0.2, gt=0, description="xi of the report: coefficient per unit of drop rate.")
+    maximum: float = Field(0.01, gt=0, description="alpha_max of the report: cap of the coefficient.")
+    momentum: float = Field(0.99, ge=0, lt=1, description="beta of the report: share of the old coefficient that is kept each step.")
+
+
+class Moe(Section):
+    """Experts, gate and routing. Leave the section out for a dense model."""
+
+    num_experts: Annotated[int, Field(ge=2)] = Field(description="Routed experts in every MoE layer.")
+    topk: Positive = Field(2, description="Experts a token is sent to.")
+    ffn_hidden_size: Positive | None = Field(None, description="Inner width of one expert; unset means model.ffn_hidden_size.")
+    layers: list[NonNegative] | None = Field(None, description="Indices (from 0) of the MoE layers; unset means all. The others are dense.")
+    shared_expert_ffn_hidden_size: Positive | None = Field(None, description="Inner width of an expert that sees every token; unset means none.")
+    gate_norm: bool = Field(True, description="Gate-logit normalization (report, section 4.1).")
+    gate_norm_scale: float = Field(1.0, gt=0, description="lambda of the report: standard deviation of the normalized logits.")
+    gate_norm_epsilon: float = Field(1e-6, gt=0, description="Added to the variance under the root, so that equal logits give a uniform gate instead of NaN.")
+    gate_norm_unbiased: bool = Field(True, description="Divide by the unbiased standard deviation (ddof 1), as the released model does.")
+    capacity_factor: float | None = Field(None, gt=0, description="Slots per expert over the even share; over-capacity tokens are dropped. Unset: nothing is dropped.")
+    pad_to_capacity: bool = Field(False, description="Pad every expert's input to its capacity, so that shapes never change.")
+    drop_policy: Literal["probs", "position"] = Field("probs", description="Which tokens an overfull expert keeps: the most probable, or the first.")
+    aux_loss: Literal["none", "switch", "report"] = Field("switch", description="Load-balancing loss: Switch Transformer's n * sum f_j P_j, or equation 4 of the Skywork-MoE report.")
+    aux_coefficient: float = Field(0.01, ge=0, description="Weight of the auxiliary loss; the first value where it adapts.")
+    adaptive: AdaptiveAux = Field(default_factory=AdaptiveAux, description="Adaptive coefficients.")
+    z_loss_coefficient: float = Field(0.0, ge=0, description="Weight of the router z-loss, taken on the raw logits.")
+    router_init_std: float = Field(0.01, ge=0, description="Standard deviation of a fresh router's weights.")
+    dispatcher: Literal["alltoall", "allgather"] = Field("alltoall", description="How tokens travel to their experts.")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Moe:
+        if self.topk > self.num_experts:
+            raise ValueError(f"topk={self.topk} is above num_experts={self.num_experts}; use topk <= {self.num_experts}")
+        if self.adaptive.enabled and self.capacity_factor is None:
+            raise ValueError("adaptive.enabled=true follows the drop rate, and without capacity_factor nothing is dropped; set capacity_factor (1.1 is a start) or adaptive.enabled=false")
+        if self.adaptive.enabled and self.aux_loss == "none":
+            raise ValueError("adaptive.enabled=true steers the auxiliary loss, and aux_loss is none; set aux_loss to report or switch")
+        if self.pad_to_capacity and self.capacity_factor is None:
+            raise ValueError("pad_to_capacity=true needs capacity_factor")
+        if self.pad_to_capacity and self.dispatcher != "alltoall":
+            raise ValueError(f"pad_to_capacity=true needs dispatcher=alltoall, not {self.dispatcher}")
+        return self
+
+
+class Parallel(Section):
+    """How the model is split over ranks. Data parallelism is what is left of the world size."""
+
+    tp: Positive = Field(1, description="Tensor parallel degree; above 1 the sequence is split too (sequence parallel).")
+    pp: Positive = Field(1, description="Pipeline stages.")
+    vpp: Positive = Field(1, description="Model chunks per pipeline stage (interleaved schedule).")
+    ep: Positive = Field(1, description="Expert parallel degree: ranks that share the experts of a layer.")
+    etp: Positive = Field(1, description="Tensor parallel degree inside an expert. The default is 1, never tp.")
+    cp: Positive = Field(1, description="Context parallel degree; needs model.backend=te.")
+    layers_per_stage: list[Positive] | None = Field(None, description="Layers of each stage (pp * vpp numbers, virtual stages in model order); unset means an even split.")
+    recompute: Literal["none", "full", "selective"] = Field("none", description="Activations computed again in backward: none, whole layers, or the modules listed.")
+    recompute_layers: Positive | None = Field(None, description="With recompute=full: layers recomputed per stage; unset means all.")
+    recompute_modules: list[Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts"]] = Field(
+        default_factory=lambda: ["core_attn"], description="With recompute=selective: the modules.")
+    distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks (ZeRO-1).")
+    overlap: bool = Field(False, description="Overlap gradient reduction and parameter gathering with compute.")
+    gpus_per_node: Positive = Field(8, description="Ranks per node, used to tell which groups cross nodes.")
+
+
+class Source(Section):
+    """One indexed dataset of a blend."""
+
+    path: str = Field(description="Prefix of the .bin and .idx files.")
+    weight: float = Field(1.0, gt=0, description="Share of samples drawn from it, relative to the others.")
+
+
+def _as_sources(value: Any) -> Any:
+    """A lone path, or a list with lone paths in it, means weight 1."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list):
+        return [{"path": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
+class Data(Section):
+    """Where tokens come from."""
+
+    train: list[Source] = Field(default_factory=list, description="Training blend: a path, or a list of paths or {path, weight}.")
+    valid: dict[str, list[Source]] = Field(default_factory=dict, description="Named validation sets, each a path or a blend.")
+    tokenizer: str | None = Field(None, description="Folder with tokenizer.json, that file, or a sentencepiece .model; checked against the dataset.")
+    seq_length: Positive = Field(2048, description="Tokens per sample.")
+    mock: bool = Field(False, description="Deterministic synthetic tokens instead of files.")
+    eod_mask_loss: bool = Field(False, description="No loss on end-of-document tokens.")
+    reset_position_ids: bool = Field(False, description="Positions start again after each document.")
+    reset_attention_mask: bool = Field(False, description="A token sees only its own document.")
+    num_workers: NonNegative = Field(1, description="Loader processes per rank.")
+    cache_dir: str | None = Field(None, description="Where sample indices are kept; unset means beside the run.")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train(cls, value: Any) -> Any:
+        return _as_sources(value)
+
+    @field_validator("valid", mode="before")
+    @classmethod
+    def _valid(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: _as_sources(sources) for name, sources in value.items()}
+        return value
+
+
+class Optim(Section):
+    """AdamW and the learning-rate schedule."""
+
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field("cosine", description="Shape after warm-up; wsd holds the peak and decays linearly over the last decay_steps.")
+    warmup_steps: NonNegative = Field(0, description="Steps of linear warm-up from 0.")
+    decay_steps: Positive | None = Field(None, description="cosine, linear: step at which min_lr is reached (unset: train.steps). wsd: length of the final decay (unset: a tenth of train.steps).")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay; not applied to norms and biases.")
+    beta1: Share = Field(0.9, description="Decay of the first moment.")
+    beta2: Share = Field(0.95, description="Decay of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 means no clipping.")
+
+    @model_validator(mode="after")
+    def _order(self) -> Optim:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        return self
+
+
+class Train(Section):
+    """Length, batch, precision and seed."""
+
+    steps: Positive = Field(description="Optimizer steps of the whole run; the schedule is laid out over it.")
+    global_batch_size: Positive = Field(description="Sequences per optimizer step, over all ranks.")
+    micro_batch_size: Positive = Field(1, description="Sequences per forward pass on one rank.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Compute precision; master weights, moments and gradient reduction are fp32.")
+    seed: NonNegative = Field(1234, description="Seed of weights, dropout and data order.")
+    stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")
+    time_limit_seconds: float | None = Field(None, gt=0, description="Save and stop when the process has run this long.")
+    eval_every: NonNegative = Field(0, description="Steps between evaluations; 0 means only where asked at start and end.")
+    eval_samples: Positive = Field(64, description="Sequences of each validation set that are evaluated.")
+    eval_at_start: bool = Field(False, description="Evaluate before the first step.")
+    eval_at_end: bool = Field(False, description="Evaluate after the last step.")
+
+
+class Checkpoint(Section):
+    """What is loaded and what is kept."""
+
+    init_from: str | None = Field(None, description="Folder whose weights (not optimizer or step) start a new run; ignored when the run resumes.")
+    resume: Literal["auto", "none"] = Field("auto", description="auto: go on from the newest complete checkpoint of the run folder, if any; none: refuse a folder that has one.")
+    every: NonNegative = Field(0, description="Steps between saves; 0 means only at the end and on a stop.")
+    keep: Positive = Field(2, description="Newest complete checkpoints that are kept.")
+    save_at_end: bool = Field(True, description="Save after the last step.")
+
+
+class Metrics(Section):
+    """What is written about the run."""
+
+    every: Positive = Field(1, description="Steps between metric records.")
+    router: bool = Field(True, description="Record each router's load, drop rate, coefficient, entropy and sharpness.")
+    tensorboard: bool = Field(False, description="Also write TensorBoard events.")
+    wandb: Literal["off", "offline", "online"] = Field("off", description="Also write to Weights & Biases; it never stops a run.")
+    wandb_project: str = Field("megatron_skywork", description="Project name there.")
+    peak_tflops: float | None = Field(None, gt=0, description="Peak of one device for MFU; unset means looked up by the device's name, and no MFU where it is not known.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: str = Field("runs/default", description="Folder of this run: config, metrics, checkpoints, report.")
+    model: Model = Field(description="Shape of the transformer.")
+    moe: Moe | None = Field(None, description="Experts and routing; leave out for a dense model.")
+    parallel: Parallel = Field(default_factory=Parallel, description="Split over ranks.")
+    data: Data = Field(default_factory=Data, description="Tokens.")
+    optim: Optim = Field(default_factory=Optim, description="Optimizer and schedule.")
+    train: Train = Field(description="Length, batch, precision, seed.")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Loading and keeping.")
+    metrics: Metrics = Field(default_factory=Metrics, description="Records.")
+    megatron: dict[str, Any] = Field(default_factory=dict, description="Any field of megatron-core's TransformerConfig, passed through by name.")
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the MoE layers, in order; empty for a dense model."""
+        if self.moe is None:
+            return []
+        return sorted(self.moe.layers) if self.moe.layers is not None else list(range(self.model.num_layers))
