@@ -1,0 +1,267 @@
+"""The one place that knows whether there is a GPU.
+
+Everything else asks this module for the device, the communication backend, seeds, synchronization and memory, so that the same code runs
+on a laptop's CPU (gloo) and on a GPU cluster (NCCL).
+
+megatron-core names CUDA in many places. `prepare()` redirects those names on a machine without a GPU, before megatron-core is imported; with a GPU
+it only fills gaps that megatron-core has without Transformer Engine. Every redirection stands beside the megatron-core line that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_prepared = False
+
+
+# ---------------------------------------------------------------------------------------------------------------- what the rest asks
+
+
+def has_gpu() -> bool:
+    """Whether computation runs on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def current() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def select(local_rank: int) -> None:
+    """Bind this process to the GPU with its local rank; nothing to do on CPU."""
+    if has_gpu():
+        torch.cuda.set_device(local_rank)
+
+
+def name() -> str:
+    """What the device calls itself, e.g. `NVIDIA H100 80GB HBM3`, or `cpu`."""
+    return torch.cuda.get_device_name() if has_gpu() else "cpu"
+
+
+def count() -> int:
+    """GPUs visible to this process; 0 without one."""
+    return torch.cuda.device_count() if has_gpu() else 0
+
+
+def backend() -> str:
+    """torch.distributed's backend for this device."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for queued GPU work, so that a clock reading means something."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: allocator peak on a GPU, resident set on CPU."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """Random state of this process's torch generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if has_gpu():
+        state["gpu"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Inverse of `rng_state`."""
+    torch.set_rng_state(state["cpu"])
+    if has_gpu() and "gpu" in state:
+        torch.cuda.set_rng_state(state["gpu"])
+
+
+# ------------------------------------------------------------------------------------------------------------------------- preparation
+
+
+def prepare() -> None:
+    """Make megatron-core usable in this process. Call before anything imports it; calling again does nothing.
+
+    Raises:
+        RuntimeError: megatron-core was imported first on a machine without a GPU; it has bound `torch.empty` and others as defaults by then.
+    """
+    global _prepared
+    if _prepared:
+        return
+    if not has_gpu():
+        if "megatron.core" in sys.modules:
+            raise RuntimeError("megatron.core was imported before megatron_skywork.device.prepare(); call prepare() first")
+        _redirect_torch_to_cpu()
+    _fill_gaps_without_transformer_engine()
+    if not has_gpu():
+        _redirect_megatron_to_cpu()
+    _prepared = True
+
+
+class _Stream:
+    """Stands for a CUDA stream where everything runs in order anyway."""
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+    def wait_stream(self, other: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+class _Event:
+    """Stands for a CUDA event that has always happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+    def record(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+class _CpuGenerator:
+    """Answers for every entry of `torch.cuda.default_generators` with the CPU generator.
+
+    tensor_parallel/random.py forks the "CUDA" generator around everything that must differ between tensor-parallel ranks. On CPU the numbers are
+    drawn from the CPU generator, so that is the one that has to be forked.
+    """
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def _redirect_torch_to_cpu() -> None:
+    """Redirect what megatron-core binds while it is imported, or calls on torch itself."""
+    cuda: Any = torch.cuda
+    cpu = torch.device("cpu")
+    # device=torch.cuda.current_device() in tensor_parallel/layers.py, p2p_communication.py, param_and_grad_buffer.py and others.
+    cuda.current_device = lambda: cpu
+    cuda.set_device = lambda *args, **kwargs: None
+    # parallel_state.py, pipeline_parallel/p2p_communication.py, dist_checkpointing/strategies/*: synchronize() around communication.
+    cuda.synchronize = lambda *args, **kwargs: None
+    # transformer/moe/{token_dispatcher,shared_experts}.py, param_and_grad_buffer.py, distributed_data_parallel.py, utils.py: side streams.
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
+    cuda.stream = lambda stream: stream if stream is not None else _Stream()
+    cuda.is_current_stream_capturing = lambda: False
+    # tensor_parallel/random.py: states and seeds of the model-parallel generators.
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.default_generators = _CpuGenerator()
+    cuda._lazy_init = lambda: None
+    cuda._lazy_call = lambda callback, **kwargs: callback()
+    # optimizer/clip_grads.py builds torch.cuda.FloatTensor([...]); transformer/module.py compares classes.
+    cuda.FloatTensor, cuda.IntTensor, cuda.LongTensor = torch.FloatTensor, torch.IntTensor, torch.LongTensor
+    # optimizer/optimizer.py, tensor_parallel/data.py, rope_utils.py: tensor.cuda(), module.cuda().
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    # pipeline_parallel/schedules.py, optimizer/*.py: factories with device="cuda"; dist_checkpointing/mapping.py binds torch.empty as a default.
+    for factory in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "ones_like", "empty_like", "full_like"):
+        setattr(torch, factory, _on_cpu(getattr(torch, factory)))
+    # jit.py turns small functions into torch.compile; on CPU that costs a C++ build per function and wins nothing at these sizes.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _fill_gaps_without_transformer_engine() -> None:
+    """Names that megatron-core 0.16 looks up although Transformer Engine, which would define them, is not installed."""
+    import megatron.core.utils as core_utils
+
+    if getattr(core_utils, "HAVE_TE", None) is False or not _installed("transformer_engine"):
+        original = core_utils.is_te_min_version
+
+        @functools.wraps(original)
+        def is_te_min_version(version: str, check_equality: bool = True) -> bool:
+            # 0.16.1 compares None with a version here; without Transformer Engine no minimum is met.
+            return False
+
+        core_utils.is_te_min_version = is_te_min_version
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    # RouterGatingLinearFunction tests `te_general_gemm is not None`; 0.16.1 defines the name only inside the import that failed.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _installed(package: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(package) is not None
+
+
+def _redirect_megatron_to_cpu() -> None:
+    """Redirect functions of megatron-core that look at where a tensor lives."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    # The all-to-all dispatcher needs split sizes as numpy; the original converts only tensors that are on a GPU.
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
+    # These compare tensor.type() with 'torch.cuda.FloatTensor' and its half-precision sisters.
+    _wrap(DistributedOptimizer, "__init__")
+    _wrap(optimizer.Float16OptimizerWithFloat16Params, "__init__")
+    clip = _answering_with_cuda_types(clip_grads.clip_grad_by_total_norm_fp32)
+    for module in (clip_grads, optimizer):
+        if hasattr(module, "clip_grad_by_total_norm_fp32"):
+            module.clip_grad_by_total_norm_fp32 = clip
+
+
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+
+def _wrap(owner: type, method: str) -> None:
+    setattr(owner, method, _answering_with_cuda_types(getattr(owner, method)))
+
+
+def _answering_with_cuda_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """Inside, `tensor.type()` says `torch.cuda.FloatTensor` for what lies on the CPU."""
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
