@@ -143,7 +143,8 @@ class SkyworkRouter(TopKRouter):
             if self.moe.aux_loss != "none":
                 probs_TE = self._attach_aux_loss(probs_TE, gate_TE, routed_TE, valid_T)
             self._count(gate_TE.detach(), routed_TE, kept_TE, valid_T)
-        self._apply_expert_bias(kept_TE, padding_mask=None if valid_T is None else ~valid_T.unsqueeze(-1))
+        if self.enable_expert_bias:
+            self._apply_expert_bias(kept_TE, padding_mask=None if valid_T is None else ~valid_T.unsqueeze(-1))
         return probs_TE, kept_TE
 
     def _full_gate(self, logits_TE: Tensor) -> Tensor:
@@ -209,27 +210,45 @@ class SkyworkRouter(TopKRouter):
         moe = getattr(config, "skywork", None)
         if moe is None:
             raise ValueError("SkyworkRouter needs SkyworkTransformerConfig.skywork; it is None, as for a dense model")
-        problems: list[str] = []
-        score, balancing = config.moe_router_score_function, config.moe_router_load_balancing_type
-        if score not in ("softmax", "sigmoid"):
-            problems.append(f"megatron.moe_router_score_function={score}: use softmax or sigmoid")
-        elif moe.gate_norm and score != "softmax":
-            problems.append(f"moe.gate_norm=true sets the sharpness of a softmax gate, and megatron.moe_router_score_function={score} has none; use softmax or moe.gate_norm=false")
-        if moe.gate_norm and config.moe_router_pre_softmax:
-            problems.append("moe.gate_norm=true renormalizes the selected weights, megatron.moe_router_pre_softmax=true leaves them; drop one of the two")
-        if balancing in ("sinkhorn", "quantile_balancing"):
-            problems.append(f"megatron.moe_router_load_balancing_type={balancing} replaces the routing of this package; leave it out")
-        if config.moe_aux_loss_coeff:
-            problems.append(f"megatron.moe_aux_loss_coeff={config.moe_aux_loss_coeff} would be a second auxiliary loss; set moe.aux_loss and moe.aux_coefficient instead")
-        if config.moe_z_loss_coeff:
-            problems.append(f"megatron.moe_z_loss_coeff={config.moe_z_loss_coeff} would be a second z-loss; set moe.z_loss_coefficient instead")
-        if (config.num_moe_experts, config.moe_router_topk) != (moe.num_experts, moe.topk):
-            problems.append(f"moe has {moe.num_experts} experts top-{moe.topk}, megatron.num_moe_experts={config.num_moe_experts} and moe_router_topk={config.moe_router_topk}; leave those two out")
-        capacity = config.moe_expert_capacity_factor
-        if moe.adaptive.enabled and capacity is None:
-            problems.append("moe.adaptive.enabled=true follows the drop rate, and without moe.capacity_factor nothing is dropped; set it (1.1 is a start)")
-        if config.moe_pad_expert_input_to_capacity and capacity is not None and capacity * moe.topk > moe.num_experts:
-            problems.append(
-                f"moe.pad_to_capacity=true with moe.capacity_factor={capacity}: an expert's slots exceed the tokens; use at most num_experts / topk = {moe.num_experts / moe.topk:g}")
+        score, balancing, capacity = config.moe_router_score_function, config.moe_router_load_balancing_type, config.moe_expert_capacity_factor
+        experts, topk = config.num_moe_experts, config.moe_router_topk
+        rules = [
+            (score not in ("softmax", "sigmoid"), f"megatron.moe_router_score_function={score} is not known here; use softmax or sigmoid"),
+            (
+                moe.gate_norm and score == "sigmoid",
+                "megatron.moe_router_score_function=sigmoid judges every expert by itself, and moe.gate_norm=true sets how sharply a softmax gate "
+                "tells them apart; use softmax or moe.gate_norm=false",
+            ),
+            (
+                moe.gate_norm and config.moe_router_pre_softmax,
+                "megatron.moe_router_pre_softmax=true leaves the selected weights as they are, moe.gate_norm=true renormalizes them; drop one of the two",
+            ),
+            (
+                balancing in ("sinkhorn", "quantile_balancing"),
+                f"megatron.moe_router_load_balancing_type={balancing} replaces the routing of this package; leave it out",
+            ),
+            (
+                config.moe_aux_loss_coeff,
+                f"megatron.moe_aux_loss_coeff={config.moe_aux_loss_coeff} would be a second auxiliary loss; set moe.aux_loss and moe.aux_coefficient instead",
+            ),
+            (
+                config.moe_z_loss_coeff,
+                f"megatron.moe_z_loss_coeff={config.moe_z_loss_coeff} would be a second z-loss; set moe.z_loss_coefficient instead",
+            ),
+            (
+                (experts, topk) != (moe.num_experts, moe.topk),
+                f"megatron.num_moe_experts={experts}, moe_router_topk={topk} contradict moe.num_experts={moe.num_experts}, moe.topk={moe.topk}; leave them out",
+            ),
+            (
+                moe.adaptive.enabled and capacity is None,
+                "moe.adaptive.enabled=true follows the drop rate, and without moe.capacity_factor nothing is dropped; set it (1.1 is a start)",
+            ),
+            (
+                config.moe_pad_expert_input_to_capacity and capacity is not None and capacity * topk > experts,
+                f"moe.capacity_factor={capacity} gives an expert more slots than there are tokens, which moe.pad_to_capacity=true cannot fill; "
+                f"use at most num_experts / topk = {moe.num_experts / moe.topk:g}",
+            ),
+        ]
+        problems = [problem for wrong, problem in rules if wrong]
         if problems:
             raise ConfigError(problems)
