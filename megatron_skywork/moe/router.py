@@ -220,7 +220,7 @@ class SkyworkRouter(TopKRouter):
                 "tells them apart; use softmax or moe.gate_norm=false",
             ),
             (
-                moe.gate_norm and config.moe_router_pre_softmax,
+                moe.gate_norm and config.moe_router_pre_softmax and topk > 1,
                 "megatron.moe_router_pre_softmax=true leaves the selected weights as they are, moe.gate_norm=true renormalizes them; drop one of the two",
             ),
             (

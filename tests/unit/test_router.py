@@ -1,0 +1,448 @@
+"""SkyworkRouter on one rank: against a hand-written gate, against brute force, and against megatron-core's own router."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_skywork import device
+from megatron_skywork.config.schema import Moe
+from megatron_skywork.errors import ConfigError
+
+device.prepare()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
+
+from megatron_skywork.moe.aux_loss import report_aux_loss, switch_aux_loss  # noqa: E402
+from megatron_skywork.moe.router import WINDOW_SUMS, SkyworkRouter  # noqa: E402
+from megatron_skywork.moe.router_state import find_routers, gather_router_metrics, update_coefficients  # noqa: E402
+from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig  # noqa: E402
+
+HIDDEN, EXPERTS = 16, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank(tmp_path_factory):
+    store = tmp_path_factory.mktemp("rendezvous") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def _plain_loss_scale():
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
+    yield
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def _config(moe: Moe, **overrides) -> SkyworkTransformerConfig:
+    settings = {
+        "num_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 2,
+        "add_bias_linear": False,
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.topk,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_token_drop_policy": moe.drop_policy,
+        "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
+        "skywork": moe,
+    }
+    return SkyworkTransformerConfig(**(settings | overrides))
+
+
+def _router(layer: int = 1, seed: int = 0, overrides: dict | None = None, **moe) -> SkyworkRouter:
+    torch.manual_seed(seed)
+    moe.setdefault("router_init_std", 0.5)
+    router = SkyworkRouter(_config(Moe(num_experts=EXPERTS, **moe), **(overrides or {})), get_default_pg_collection())
+    router.set_layer_number(layer)
+    return router
+
+
+def _hidden(tokens: int = 24, batch: int = 2, seed: int = 1) -> torch.Tensor:
+    return torch.randn(tokens // batch, batch, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def _window(router: SkyworkRouter, name: str) -> float:
+    return router.window[EXPERTS + WINDOW_SUMS.index(name)].item()
+
+
+def _full_gate(router: SkyworkRouter, hidden: torch.Tensor) -> torch.Tensor:
+    """Section 4.1 of the report, step by step."""
+    logits = hidden.reshape(-1, HIDDEN) @ router.weight.t()
+    if router.moe.gate_norm:
+        logits = router.moe.gate_norm_scale * (logits - logits.mean(-1, keepdim=True)) / logits.std(-1, keepdim=True)
+    return torch.softmax(logits, dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- the gate
+
+
+@pytest.mark.parametrize("topk", [2, 3])
+@pytest.mark.parametrize("norm", [{"gate_norm": False}, {"gate_norm": True}, {"gate_norm": True, "gate_norm_scale": 2.0}])
+def test_gate_is_the_reports(topk, norm):
+    router = _router(topk=topk, aux_loss="none", gate_norm_epsilon=1e-12, **norm)
+    hidden = _hidden()
+    probs, routing_map = router(hidden)
+    for token, gate in enumerate(_full_gate(router, hidden)):
+        chosen = gate.argsort(descending=True)[:topk]
+        weights = gate[chosen] / gate[chosen].sum()
+        assert set(routing_map[token].nonzero().flatten().tolist()) == set(chosen.tolist())
+        torch.testing.assert_close(probs[token, chosen], weights)
+        assert probs[token].sum().item() == pytest.approx(1.0)
+    assert probs.dtype == torch.float32 and routing_map.dtype == torch.bool
+
+
+def test_top_1_keeps_the_probability_as_weight():
+    # Renormalized, the one weight would be 1 and the gate would learn nothing: megatron-core asks for pre-softmax there.
+    router = _router(topk=1, aux_loss="none", gate_norm_epsilon=1e-12, overrides={"moe_router_pre_softmax": True})
+    hidden = _hidden()
+    torch.testing.assert_close(router(hidden)[0].amax(-1), _full_gate(router, hidden).amax(-1))
+
+
+def test_gate_norm_gradient_reaches_weight_and_input():
+    router, hidden = _router(aux_loss="none", gate_norm_epsilon=1e-12), _hidden().requires_grad_()
+    target = torch.randn(24, EXPERTS, generator=torch.Generator().manual_seed(2))
+    probs, routing_map = router(hidden)
+    ours = torch.autograd.grad((probs * target).sum(), [router.weight, hidden])
+    gate = _full_gate(router, hidden) * routing_map
+    reference = torch.autograd.grad((gate / gate.sum(-1, keepdim=True) * target).sum(), [router.weight, hidden])
+    for one, other in zip(ours, reference, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_activations_are_gated_in_fp32():
+    router = _router(aux_loss="none")
+    hidden = _hidden().bfloat16().requires_grad_()
+    logits = router.gating(hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ router.weight.t())
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    (logits * upstream).sum().backward()
+    assert hidden.grad.dtype == torch.bfloat16 and router.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(router.weight.grad, torch.einsum("sbe,sbh->eh", upstream, hidden.detach().float()))
+    torch.testing.assert_close(hidden.grad, (upstream @ router.weight.detach()).bfloat16())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- dropping
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.1, 3.9])
+def test_drops_are_what_brute_force_counts(policy, pad, factor):
+    router = _router(capacity_factor=factor, drop_policy=policy, pad_to_capacity=pad)
+    hidden = _hidden(tokens=48)
+    free_probs, free_map = _router(aux_loss="none")(hidden)
+    probs, returned_map = router(hidden)
+
+    capacity = math.ceil(48 * 2 / EXPERTS * factor)
+    loads = [sum(bool(free_map[token, expert]) for token in range(48)) for expert in range(EXPERTS)]
+    dropped = sum(max(0, load - capacity) for load in loads)
+    assert _window(router, "dropped") == dropped
+    assert router.window[:EXPERTS].tolist() == loads
+    assert (dropped > 0) == (factor < 3)
+
+    kept = free_map & returned_map
+    torch.testing.assert_close(probs, torch.where(kept, free_probs, 0.0))
+    if policy == "probs":
+        for expert in range(EXPERTS):
+            wanted = sorted((free_probs[token, expert].item() for token in range(48) if free_map[token, expert]), reverse=True)[:capacity]
+            assert sorted(free_probs[kept[:, expert], expert].tolist(), reverse=True) == wanted
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_a_kept_weight_of_zero_is_not_a_drop(pad):
+    router = _router(capacity_factor=4.0, pad_to_capacity=pad, gate_norm=False)
+    with torch.no_grad():
+        router.weight.mul_(1e4)
+    probs, _ = router(_hidden())
+    assert (probs > 0).sum().item() < 2 * 24, "the test needs second weights that underflow"
+    assert _window(router, "dropped") == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- losses
+
+
+def _aux_gradient(router: SkyworkRouter, hidden: torch.Tensor) -> torch.Tensor:
+    """Gradient of the auxiliary loss alone: the probabilities' own gradient is made zero."""
+    probs, _ = router(hidden)
+    (gradient,) = torch.autograd.grad(probs, router.weight, torch.zeros_like(probs))
+    return gradient
+
+
+def _formula(router: SkyworkRouter, hidden: torch.Tensor) -> torch.Tensor:
+    gate = _full_gate(router, hidden)
+    if router.moe.aux_loss == "report":
+        return report_aux_loss(gate)
+    return switch_aux_loss(gate, torch.zeros_like(gate, dtype=torch.bool).scatter(1, gate.topk(2).indices, True), 2)
+
+
+@pytest.mark.parametrize("kind", ["report", "switch"])
+@pytest.mark.parametrize("gate_norm", [False, True])
+@pytest.mark.parametrize("coefficient", [0.0, 0.01, 0.3])
+def test_aux_loss_is_coefficient_times_formula(kind, gate_norm, coefficient):
+    router = _router(aux_loss=kind, gate_norm=gate_norm, gate_norm_epsilon=1e-12, aux_coefficient=coefficient, capacity_factor=1.0)
+    hidden = _hidden()
+    ours = _aux_gradient(router, hidden)
+    loss = _formula(router, hidden)
+    (reference,) = torch.autograd.grad(loss, router.weight)
+    torch.testing.assert_close(ours, coefficient * reference, rtol=1e-4, atol=1e-8)
+    assert _window(router, "aux_loss") == pytest.approx(loss.item(), rel=1e-5)
+    assert (ours.abs().max() > 0) == (coefficient > 0)
+
+
+def test_the_current_coefficient_is_used():
+    router, hidden = _router(aux_loss="report", aux_coefficient=0.01), _hidden()
+    first = _aux_gradient(router, hidden)
+    router.aux_coefficient.fill_(0.04)
+    torch.testing.assert_close(_aux_gradient(router, hidden), 4 * first)
+
+
+def test_loss_scale_of_the_schedule_applies():
+    router, hidden = _router(aux_loss="switch"), _hidden()
+    first = _aux_gradient(router, hidden)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), 0.25)
+    torch.testing.assert_close(_aux_gradient(router, hidden), 0.25 * first)
+
+
+def test_switch_loss_equals_megatron_cores():
+    ours = _router(aux_loss="switch", gate_norm=False, aux_coefficient=0.02)
+    theirs = TopKRouter(_config(ours.moe, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=0.02), get_default_pg_collection())
+    theirs.set_layer_number(1)
+    with torch.no_grad():
+        theirs.weight.copy_(ours.weight)
+    hidden = _hidden()
+    for one, other in zip(ours(hidden), theirs(hidden), strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(_aux_gradient(ours, hidden), _aux_gradient(theirs, hidden))
+
+
+def test_z_loss_acts_on_raw_logits():
+    router, hidden = _router(aux_loss="none", z_loss_coefficient=0.05), _hidden()
+    gradient = _aux_gradient(router, hidden)
+    loss = torch.logsumexp(hidden.reshape(-1, HIDDEN) @ router.weight.t(), dim=-1).square().mean()
+    torch.testing.assert_close(gradient, 0.05 * torch.autograd.grad(loss, router.weight)[0], rtol=1e-4, atol=1e-7)
+    assert _window(router, "z_loss") == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["report", "switch"])
+def test_per_token_loss_multiplies_by_the_tokens(kind):
+    hidden = _hidden()
+    mean = _aux_gradient(_router(aux_loss=kind, z_loss_coefficient=0.1), hidden)
+    summed = _aux_gradient(_router(aux_loss=kind, z_loss_coefficient=0.1, overrides={"calculate_per_token_loss": True}), hidden)
+    torch.testing.assert_close(summed, 24 * mean)
+
+
+@pytest.mark.parametrize("kind", ["report", "switch"])
+def test_padding_tokens_change_nothing(kind):
+    settings = {"aux_loss": kind, "z_loss_coefficient": 0.1}
+    hidden = _hidden(tokens=24)
+    plain, masked = _router(**settings), _router(**settings)
+    reference = _aux_gradient(plain, hidden[:9])
+    mask = torch.zeros(12, 2, dtype=torch.bool)
+    mask[9:] = True
+    probs, _ = masked(hidden, padding_mask=mask)
+    (gradient,) = torch.autograd.grad(probs, masked.weight, torch.zeros_like(probs))
+    torch.testing.assert_close(gradient, reference)
+    torch.testing.assert_close(masked.window, plain.window, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- what is counted
+
+
+def test_evaluation_is_not_counted():
+    router = _router(capacity_factor=1.0)
+    router.eval()
+    router(_hidden())
+    router.train()
+    with torch.no_grad():
+        router(_hidden())
+    assert not router.window.any()
+
+
+def test_a_recomputed_layer_counts_once():
+    plain, recomputed = _router(capacity_factor=1.0), _router(capacity_factor=1.0)
+    tensor_parallel.model_parallel_cuda_manual_seed(7)
+    hidden = _hidden().requires_grad_()
+    plain(hidden)[0].square().sum().backward()
+    probs = tensor_parallel.checkpoint(lambda x: recomputed(x)[0], False, hidden)
+    assert not recomputed.window.any()
+    probs.square().sum().backward()
+    assert plain.window.any()
+    torch.testing.assert_close(recomputed.window, plain.window, rtol=0, atol=0)
+    torch.testing.assert_close(recomputed.weight.grad, plain.weight.grad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- types and state
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
+def test_conversion_leaves_the_router_alone(convert):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), _router(aux_coefficient=0.0123456789, adaptive={"enabled": True}, capacity_factor=1.0))
+    router = model[1]
+    weight = router.weight.detach().clone()
+    router.window += 1 / 3
+    convert(model)
+    assert model[0].weight.dtype != torch.float32
+    assert router.weight.dtype == router.aux_coefficient.dtype == torch.float32 and router.window.dtype == torch.float64
+    assert torch.equal(router.weight, weight)
+    assert router.aux_coefficient.item() == torch.tensor(0.0123456789).item()
+    assert router.window[0].item() == 1 / 3
+
+
+def test_fresh_weight_is_fp32_with_its_own_deviation():
+    torch.manual_seed(0)
+    config = _config(Moe(num_experts=64, router_init_std=0.03), hidden_size=256, bf16=True, params_dtype=torch.bfloat16)
+    router = SkyworkRouter(config, get_default_pg_collection())
+    assert router.weight.dtype == torch.float32 and router.weight.std().item() == pytest.approx(0.03, rel=0.03)
+    assert not torch.equal(router.weight, router.weight.bfloat16().float()), "rounded to bf16 on the way"
+
+
+def test_coefficient_is_saved_when_it_adapts():
+    adaptive = _router(adaptive={"enabled": True}, capacity_factor=1.0)
+    adaptive.aux_coefficient.fill_(0.003)
+    assert set(adaptive.state_dict()) == {"weight", "aux_coefficient"}
+    assert set(_router().state_dict()) == {"weight"}
+    sharded = adaptive.sharded_state_dict(prefix="decoder.layers.0.mlp.router.")
+    entry = sharded["decoder.layers.0.mlp.router.aux_coefficient"]
+    assert entry.key == "decoder.layers.0.mlp.router.aux_coefficient" and entry.data.dtype == torch.float32 and entry.replica_id == (0, 0, 0)
+    other = _router(adaptive={"enabled": True}, capacity_factor=1.0)
+    other.load_state_dict(adaptive.state_dict())
+    assert other.aux_coefficient.item() == adaptive.aux_coefficient.item()
+    with pytest.raises(RuntimeError, match="aux_coefficient"):
+        other.load_state_dict({"weight": other.weight.detach()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- once per step
+
+
+def _two_layers(**moe) -> list[SkyworkRouter]:
+    return [_router(layer=layer, seed=layer, **moe) for layer in (3, 5)]
+
+
+def test_step_summary():
+    routers = _two_layers(capacity_factor=1.0, aux_loss="report", z_loss_coefficient=0.1)
+    batches = [_hidden(seed=1), _hidden(seed=2)]
+    for router in routers:
+        for hidden in batches:
+            router(hidden)
+    summary = update_coefficients(routers, None, skipped=False)
+    assert summary.layers == [3, 5] and summary.load.shape == (2, EXPERTS)
+    for row, router in enumerate(routers):
+        gates = [_full_gate(router, hidden) for hidden in batches]
+        tops = torch.cat([gate.topk(3).values for gate in gates])
+        loads = [torch.zeros_like(gate).scatter(1, gate.topk(2).indices, 1.0).sum(0) for gate in gates]
+        assert summary.drop_rate[row].item() == pytest.approx(sum((load - 6).clamp(min=0).sum().item() for load in loads) / 96)
+        torch.testing.assert_close(summary.load[row], sum(loads) / 96)
+        assert summary.aux_loss[row].item() == pytest.approx(sum(report_aux_loss(gate).item() for gate in gates) / 2, rel=1e-4)
+        gate = torch.cat(gates)
+        assert summary.entropy[row].item() == pytest.approx(-(gate * gate.log()).sum(-1).mean().item(), rel=1e-4)
+        assert summary.max1_over_max2[row].item() == pytest.approx((tops[:, 0] / tops[:, 1]).mean().item(), rel=1e-4)
+        assert summary.max2_over_max3[row].item() == pytest.approx((tops[:, 1] / tops[:, 2]).mean().item(), rel=1e-4)
+        raw = torch.cat([hidden.reshape(-1, HIDDEN) @ router.weight.t() for hidden in batches])
+        assert summary.z_loss[row].item() == pytest.approx(torch.logsumexp(raw, -1).square().mean().item(), rel=1e-4)
+        assert not router.window.any()
+
+
+def test_coefficients_move_by_the_report_rule():
+    routers = _two_layers(capacity_factor=0.9, aux_coefficient=0.004, adaptive={"enabled": True, "momentum": 0.5, "maximum": 0.05})
+    for router in routers:
+        router(_hidden())
+    summary = update_coefficients(routers, None, skipped=False)
+    assert summary.coefficient.tolist() == pytest.approx([0.004, 0.004])
+    assert (summary.drop_rate > 0).all() and summary.drop_rate[0] != summary.drop_rate[1]
+    for router, rate in zip(routers, summary.drop_rate.tolist(), strict=True):
+        assert router.aux_coefficient.item() == pytest.approx(0.5 * 0.004 + 0.5 * min(0.2 * rate, 0.05))
+    for router in routers:
+        router(_hidden())
+    assert update_coefficients(routers, None, skipped=False).coefficient.tolist() != pytest.approx([0.004, 0.004])
+
+
+@pytest.mark.parametrize("case", ["skipped", "fixed", "nothing routed"])
+def test_coefficients_that_stay(case):
+    router = _router(capacity_factor=0.9, aux_coefficient=0.004, adaptive={"enabled": case != "fixed"})
+    if case != "nothing routed":
+        router(_hidden())
+    before = router.aux_coefficient.item()
+    update_coefficients([router], None, skipped=case == "skipped")
+    assert router.aux_coefficient.item() == before
+    assert not router.window.any(), "a skipped step's window must not leak into the next"
+
+
+def test_update_between_steps_leaves_autograd_intact():
+    router = _router(capacity_factor=1.0, adaptive={"enabled": True})
+    for _ in range(3):
+        router(_hidden())[0].sum().backward()
+        update_coefficients([router], None, skipped=False)
+
+
+def test_metrics_of_one_stage():
+    routers = _two_layers()[::-1]
+    for router in routers:
+        router(_hidden())
+    metrics = gather_router_metrics(update_coefficients(routers, None, skipped=False), None)
+    assert metrics["layers"] == [3, 5]
+    assert [sum(row) for row in metrics["load"]] == pytest.approx([1.0, 1.0])
+    for name in ("drop_rate", "coefficient", "aux_loss", "z_loss", "entropy", "max1_over_max2", "max2_over_max3"):
+        assert len(metrics[name]) == 2
+    assert metrics["coefficient"] == pytest.approx([0.01, 0.01])
+
+
+def test_a_stage_without_experts():
+    summary = update_coefficients([], None, skipped=False)
+    metrics = gather_router_metrics(summary, None)
+    assert metrics["layers"] == metrics["load"] == metrics["drop_rate"] == []
+
+
+def test_find_routers_sees_through_wrappers():
+    routers = _two_layers()
+    chunks = [torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(routers[0])), torch.nn.ModuleDict({"mlp": routers[1]})]
+    assert find_routers(chunks) == routers
+    assert find_routers(chunks[0]) == routers[:1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("moe", "overrides", "message"),
+    [
+        ({}, {"moe_router_score_function": "sigmoid"}, "sigmoid.*gate_norm"),
+        ({}, {"moe_router_pre_softmax": True}, "pre_softmax"),
+        ({}, {"moe_router_load_balancing_type": "sinkhorn"}, "sinkhorn"),
+        ({}, {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}, "second auxiliary loss"),
+        ({}, {"moe_z_loss_coeff": 0.1}, "second z-loss"),
+        ({}, {"moe_router_topk": 3}, "contradict moe.num_experts"),
+        ({"capacity_factor": 1.0, "adaptive": {"enabled": True}}, {"moe_expert_capacity_factor": None}, "nothing is dropped"),
+        ({"capacity_factor": 4.1, "pad_to_capacity": True}, {}, "at most num_experts / topk = 4"),
+    ],
+)
+def test_contradictions_are_refused(moe, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        _router(overrides=overrides, **moe)
+
+
+def test_sigmoid_gate_without_normalization_works():
+    router = _router(gate_norm=False, overrides={"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True})
+    probs, routing_map = router(_hidden())
+    torch.testing.assert_close(probs.sum(-1), torch.ones(24))
+    assert router.local_tokens_per_expert.tolist() == routing_map.sum(0).tolist()
+    assert _window(router, "tokens") == 24
+
+
+def test_group_limited_routing_works():
+    router = _router(overrides={"moe_router_num_groups": 4, "moe_router_group_topk": 1})
+    _, routing_map = router(_hidden())
+    groups = routing_map.view(24, 4, 2).any(-1).sum(-1)
+    assert (groups == 1).all()
