@@ -1,0 +1,61 @@
+"""Weights & Biases without its ways of stopping a run.
+
+`wandb.init` waits for a server that may not be there, its exit hooks wait again, and it takes over signals and streams. So the training process does
+not load it: a helper process follows metrics.jsonl, the file of record, and passes each new record on (`wandb_worker.py`). The run does not wait for it
+to start; whatever goes wrong in it is one printed warning; and it ends with the run, at most `CLOSE_SECONDS` later.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import megatron_skywork
+
+INIT_SECONDS = 12.0
+CLOSE_SECONDS = 15.0
+ID_FILE = "wandb_id.txt"
+
+
+def run_id(run_dir: Path) -> str:
+    """The id under which W&B knows this run folder; made once, so that a resumed run continues it."""
+    path = run_dir / ID_FILE
+    if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
+        return known
+    new = secrets.token_hex(4)
+    path.write_text(new + "\n", encoding="utf-8")
+    return new
+
+
+class WandbFollower:
+    """Owns the helper process. Records reach it through the JSONL file, so only its end is told to it.
+
+    Args:
+        metrics_file: the JSONL file, already repaired for a resume.
+        mode: `online` or `offline`.
+        project: W&B project.
+    """
+
+    def __init__(self, metrics_file: Path, *, mode: str, project: str):
+        run_dir = metrics_file.parent
+        package_root = str(Path(megatron_skywork.__file__).resolve().parent.parent)
+        environment = dict(os.environ, WANDB_SILENT="true", PYTHONPATH=os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])))
+        offset = metrics_file.stat().st_size if metrics_file.exists() else 0
+        command = [sys.executable, "-m", "megatron_skywork.metrics.wandb_worker", "--metrics", str(metrics_file.resolve()), "--offset", str(offset)]
+        command += ["--init-seconds", str(INIT_SECONDS), "--mode", mode, "--project", project, "--id", run_id(run_dir), "--name", run_dir.resolve().name]
+        # A session of its own: Ctrl-C and a launcher's signals to the group are for the run, which then closes this one in order.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True)
+
+    def close(self) -> None:
+        """Let the helper pass on what is left, and end it when that takes too long; the JSONL file has everything either way."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            print(f"W&B did not finish within {CLOSE_SECONDS:.0f} s and was ended; metrics.jsonl is complete", file=sys.stderr, flush=True)
