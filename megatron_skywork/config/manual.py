@@ -55,15 +55,17 @@ def plain_words(annotation: Any, metadata: list[Any] | None = None) -> str:
         return words + (", or null" if type(None) in arguments else "")
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
+    if annotation is Source:
+        return "a path or {path: ..., weight: ...}"
     if annotation is list or origin is list:
         if arguments and arguments[0] is Source:
             return "a path, or a list of paths and {path: ..., weight: ...}"
-        return "list, each: " + plain_words(arguments[0]) if arguments else "list"
+        return "a list, each item " + plain_words(arguments[0]) if arguments else "a list"
     if annotation is dict or origin is dict:
-        return "mapping of names to: " + plain_words(arguments[1]) if arguments else "mapping"
+        return "names, each with " + plain_words(arguments[1]) if arguments else "names with values"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section with " + ", ".join(annotation.model_fields)
-    words = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "any value"}.get(annotation, str(annotation))
+        return "a section with " + ", ".join(annotation.model_fields)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Any: "any value"}.get(annotation, str(annotation))
     return " ".join([words, " and ".join(_limit_words(limits))]).strip()
 
 
@@ -136,6 +138,7 @@ def manual_text(width: int = 120) -> str:
 
 
 def _setting_lines(setting: Setting, width: int) -> list[str]:
+    indent = " " * 6
     default = REQUIRED if setting.default == REQUIRED else f"default {setting.default}"
     head = f"  {setting.name}  ({setting.type}; {default})"
-    return [*textwrap.wrap(head, width, subsequent_indent="      "), *textwrap.wrap(setting.sentence, width, initial_indent="      ", subsequent_indent="      ")]
+    return [*textwrap.wrap(head, width, subsequent_indent=indent), *textwrap.wrap(setting.sentence, width, initial_indent=indent, subsequent_indent=indent)]

@@ -17,21 +17,53 @@ from megatron_skywork.config.problems import nearest, shown
 
 # megatron-core's field -> what to set instead.
 DECIDED_ELSEWHERE = {
-    "tensor_model_parallel_size": "parallel.tp", "pipeline_model_parallel_size": "parallel.pp", "virtual_pipeline_model_parallel_size": "parallel.vpp",
-    "context_parallel_size": "parallel.cp", "expert_model_parallel_size": "parallel.ep", "expert_tensor_parallel_size": "parallel.etp",
-    "sequence_parallel": "parallel.tp (above 1 turns it on)", "pipeline_model_parallel_layout": "parallel.layers_per_stage",
-    "num_layers_in_first_pipeline_stage": "parallel.layers_per_stage", "num_layers_in_last_pipeline_stage": "parallel.layers_per_stage",
-    "account_for_embedding_in_pipeline_split": "parallel.layers_per_stage", "account_for_loss_in_pipeline_split": "parallel.layers_per_stage",
-    "recompute_granularity": "parallel.recompute", "recompute_method": "parallel.recompute", "recompute_num_layers": "parallel.recompute_layers",
-    "recompute_modules": "parallel.recompute_modules", "moe_layer_recompute": "parallel.recompute_modules=[moe]",
-    "fp16": "train.precision", "bf16": "train.precision", "params_dtype": "train.precision", "pipeline_dtype": "train.precision", "autocast_dtype": "train.precision",
-    "num_layers": "model.num_layers", "hidden_size": "model.hidden_size", "ffn_hidden_size": "model.ffn_hidden_size", "num_attention_heads": "model.num_attention_heads",
-    "num_query_groups": "model.num_query_groups", "kv_channels": "model.head_dim", "layernorm_epsilon": "model.norm_epsilon", "add_qkv_bias": "model.qkv_bias",
-    "qk_layernorm": "model.qk_norm", "init_method_std": "model.init_std", "attention_dropout": "model.attention_dropout", "hidden_dropout": "model.hidden_dropout",
-    "transformer_impl": "model.backend", "num_moe_experts": "moe.num_experts", "moe_router_topk": "moe.topk", "moe_ffn_hidden_size": "moe.ffn_hidden_size",
-    "moe_layer_freq": "moe.layers", "moe_shared_expert_intermediate_size": "moe.shared_expert_ffn_hidden_size", "moe_router_load_balancing_type": "moe.aux_loss",
-    "moe_aux_loss_coeff": "moe.aux_coefficient", "moe_z_loss_coeff": "moe.z_loss_coefficient", "moe_expert_capacity_factor": "moe.capacity_factor",
-    "moe_pad_expert_input_to_capacity": "moe.pad_to_capacity", "moe_token_drop_policy": "moe.drop_policy", "moe_token_dispatcher_type": "moe.dispatcher",
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "virtual_pipeline_model_parallel_size": "parallel.vpp",
+    "context_parallel_size": "parallel.cp",
+    "expert_model_parallel_size": "parallel.ep",
+    "expert_tensor_parallel_size": "parallel.etp",
+    "sequence_parallel": "parallel.tp (above 1 turns it on)",
+    "pipeline_model_parallel_layout": "parallel.layers_per_stage",
+    "num_layers_in_first_pipeline_stage": "parallel.layers_per_stage",
+    "num_layers_in_last_pipeline_stage": "parallel.layers_per_stage",
+    "account_for_embedding_in_pipeline_split": "parallel.layers_per_stage",
+    "account_for_loss_in_pipeline_split": "parallel.layers_per_stage",
+    "recompute_granularity": "parallel.recompute",
+    "recompute_method": "parallel.recompute",
+    "recompute_num_layers": "parallel.recompute_layers",
+    "recompute_modules": "parallel.recompute_modules",
+    "moe_layer_recompute": "parallel.recompute_modules=[moe]",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "params_dtype": "train.precision",
+    "pipeline_dtype": "train.precision",
+    "autocast_dtype": "train.precision",
+    "num_layers": "model.num_layers",
+    "hidden_size": "model.hidden_size",
+    "ffn_hidden_size": "model.ffn_hidden_size",
+    "num_attention_heads": "model.num_attention_heads",
+    "num_query_groups": "model.num_query_groups",
+    "kv_channels": "model.head_dim",
+    "layernorm_epsilon": "model.norm_epsilon",
+    "add_qkv_bias": "model.qkv_bias",
+    "qk_layernorm": "model.qk_norm",
+    "init_method_std": "model.init_std",
+    "attention_dropout": "model.attention_dropout",
+    "hidden_dropout": "model.hidden_dropout",
+    "transformer_impl": "model.backend",
+    "num_moe_experts": "moe.num_experts",
+    "moe_router_topk": "moe.topk",
+    "moe_ffn_hidden_size": "moe.ffn_hidden_size",
+    "moe_layer_freq": "moe.layers",
+    "moe_shared_expert_intermediate_size": "moe.shared_expert_ffn_hidden_size",
+    "moe_router_load_balancing_type": "moe.aux_loss",
+    "moe_aux_loss_coeff": "moe.aux_coefficient",
+    "moe_z_loss_coeff": "moe.z_loss_coefficient",
+    "moe_expert_capacity_factor": "moe.capacity_factor",
+    "moe_pad_expert_input_to_capacity": "moe.pad_to_capacity",
+    "moe_token_drop_policy": "moe.drop_policy",
+    "moe_token_dispatcher_type": "moe.dispatcher",
     "moe_token_dropping": "moe.capacity_factor",
 }
 # Part of what a LLaMA-type model is here; another value would be another architecture.
@@ -67,7 +99,8 @@ def megatron_enums() -> dict[str, list[str]]:
     if folder is not None:
         for statement in ast.parse((folder / "transformer" / "enums.py").read_text(encoding="utf-8")).body:
             if isinstance(statement, ast.ClassDef):
-                enums[statement.name] = [target.id for line in statement.body if isinstance(line, ast.Assign) for target in line.targets if isinstance(target, ast.Name)]
+                targets = [target for line in statement.body if isinstance(line, ast.Assign) for target in line.targets]
+                enums[statement.name] = [target.id for target in targets if isinstance(target, ast.Name)]
     return enums
 
 
@@ -108,16 +141,20 @@ def annotation_words(annotation: ast.expr) -> list[str]:
     """What an annotation accepts, in plain words; empty if nothing that YAML can write."""
     name, inner = _parts(annotation)
     if name == "Optional":
-        return [*words, "null"] if (words := annotation_words(inner[0])) else []
+        inside = annotation_words(inner[0])
+        return [*inside, "null"] if inside else []
     if name == "Union":
         return [word for part in inner for word in annotation_words(part)]
     if name == "Literal":
         return ["one of " + ", ".join(str(ast.literal_eval(part)) for part in inner)]
     if name in ("list", "List", "tuple", "Tuple"):
-        return ["a list" + (f" ({' or '.join(annotation_words(inner[0]))})" if inner and annotation_words(inner[0]) else "")]
+        count = f" of {len(inner)}" if name in ("tuple", "Tuple") else ""
+        inside = annotation_words(inner[0]) if inner else []
+        return [f"a list{count}" + (f", each item {' or '.join(inside)}" if inside else "")]
     if name in megatron_enums():
         return ["one of " + ", ".join(megatron_enums()[name])]
-    return [{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}[name]] if name in ("int", "float", "bool", "str", "None") else []
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "None": "null"}.get(name)
+    return [words] if words else []
 
 
 def fits(annotation: ast.expr, value: Any) -> bool:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megatron_skywork.config.manual import field_words, is_section, section_names, section_of, settings
-from megatron_skywork.config.schema import Config, Source
+from megatron_skywork.config.manual import field_words, is_section, plain_words, section_names, section_of, settings
+from megatron_skywork.config.schema import Config
 
 
 def shown(value: Any) -> str:
@@ -60,26 +61,41 @@ def unknown_name(path: Sequence[str], section: type[BaseModel]) -> tuple[str, li
     return f"there is no such setting; {where} has {', '.join(section.model_fields)}", []
 
 
-def locate(path: Sequence[int | str]) -> tuple[type[BaseModel] | None, FieldInfo | None]:
-    """The section a path ends in and the field it ends at, whichever exist in the schema."""
-    section: type[BaseModel] | None = Config
-    field: FieldInfo | None = None
-    for part in path:
-        if isinstance(part, int) or section is None:
-            continue
-        if part in section.model_fields:
-            field = section.model_fields[part]
-            section = section_of(field.annotation) or section
-        elif section is not Source:
-            field = None
-    return section, field
+@dataclass(frozen=True)
+class Place:
+    """Where a path of keys and indices leads in the schema.
+
+    Args:
+        section: innermost section the path goes through or ends at.
+        words: what belongs at its end, in plain words; empty if the schema has no such place.
+        sentence: the description of the setting it ends at.
+        is_section: True if a whole section belongs there.
+    """
+
+    section: type[BaseModel]
+    words: str
+    sentence: str = ""
+    is_section: bool = False
 
 
-def lookup(values: Any, path: Sequence[int | str]) -> Any:
-    """The value at a path of keys and indices."""
+def locate(path: Sequence[int | str]) -> Place:
+    """Follows a path through sections, lists and mappings of the schema."""
+    place = Place(Config, "sections", is_section=True)
+    annotation: Any = Config
     for part in path:
-        values = values[part]
-    return values
+        if type(None) in get_args(annotation):
+            annotation = next(inner for inner in get_args(annotation) if inner is not type(None))
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            if part not in annotation.model_fields:
+                return Place(annotation, "")
+            field = annotation.model_fields[str(part)]
+            inner_section = section_of(field.annotation) if is_section(field) else None
+            place = Place(inner_section or annotation, field_words(field), field.description or "", inner_section is not None)
+            annotation = field.annotation
+        else:
+            annotation = get_args(annotation)[-1]
+            place = Place(section_of(annotation) or place.section, plain_words(annotation))
+    return place
 
 
 def rewrite(error: ErrorDetails, origins: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -90,24 +106,17 @@ def rewrite(error: ErrorDetails, origins: Mapping[str, str]) -> tuple[str, list[
         origins: where each dotted key was set ("file.yaml:12", "command line").
     """
     path, value, type_ = list(error["loc"]), error["input"], error["type"]
-    key = ".".join(map(str, path)) or "the configuration"
-    parent, field = locate(path[:-1])[0] if path else None, locate(path)[1]
-    origin = _origin(path, origins)
+    key, place, origin = ".".join(map(str, path)), locate(path), _origin(path, origins)
     if type_ == "extra_forbidden":
-        advice, meant = unknown_name([str(part) for part in path], parent if parent is not None else Config)
+        advice, meant = unknown_name([str(part) for part in path], locate(path).section)
         return f"{key}={shown(value)}{origin}: {advice}", [key, *meant]
     if type_ == "missing":
-        words = field_words(field) if field is not None else "a value"
-        return f"{key} is not set, and it is required: {words}. {field.description if field is not None else ''}".rstrip(), [key]
-    if type_ == "value_error":
-        section_key = key if path else ""
-        text = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
-        section = locate(path)[0]
-        name = text.split("=")[0].split(" ")[0]
-        joined = f"{section_key}.{text}" if section is not None and name.split(".")[0] in section.model_fields else f"{section_key}: {text}"
-        return joined.lstrip(".") + origin, [key]
-    found = f"{key}={shown(value)}{origin}"
-    return f"{found}: {_wanted(type_, value, path, field)}", [key]
+        return f"{key} is not set, and it is required: {place.words}. {place.sentence}".rstrip(), [key]
+    if type_ == "value_error":  # a rule of the schema itself: its text begins with the setting's name inside its section
+        text = str(error.get("ctx", {}).get("error", error["msg"]))
+        name = re.split(r"[.= ]", text, maxsplit=1)[0]
+        return (f"{key}.{text}" if name in place.section.model_fields else f"{key}: {text}") + origin, [key]
+    return f"{key}={shown(value)}{origin}: {_wanted(type_, value, place)}", [key]
 
 
 def _origin(path: Sequence[int | str], origins: Mapping[str, str]) -> str:
@@ -118,24 +127,16 @@ def _origin(path: Sequence[int | str], origins: Mapping[str, str]) -> str:
     return ""
 
 
-def _wanted(type_: str, value: Any, path: Sequence[int | str], field: FieldInfo | None) -> str:
+def _wanted(type_: str, value: Any, place: Place) -> str:
     """What belongs where a wrong value was found."""
-    words = "something else" if field is None else field_words(field)
-    if field is not None and is_section(field):
-        return f"this must be a {words}, not {kind(value)}"
-    if field is not None and path and isinstance(path[-1], int):
-        inner = section_of(field.annotation)
-        words = "a path or {path: ..., weight: ...}" if inner is not None else words
-    inner = section_of(field.annotation) if field is not None else None
-    if inner is Source and path and path[-1] in Source.model_fields:
-        words = field_words(Source.model_fields[str(path[-1])])
+    words = place.words or "something else"
     if type_ == "finite_number":
         return f"this must be a finite number ({words})"
     if type_ == "literal_error":
         choices = words.split("one of ", 1)[-1].replace(", or null", "").split(", ")
         match = nearest(str(value), choices) if isinstance(value, str) else []
         return f"this must be {words}" + (f"; did you mean {match[0]}?" if match else "")
-    if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "y", "n") and "true or false" in words:
+    if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "y", "n") and words == "true or false":
         return f"this must be {words}; write {'true' if value.lower() in ('yes', 'on', 'y') else 'false'}"
     if type_.startswith(("greater_than", "less_than")):
         return f"this must be {words}"

@@ -93,7 +93,7 @@ def _expert_world(config: Config, world: int | None) -> Iterator[str]:
     p = config.parallel
     size = p.etp * p.ep * p.pp
     if config.moe is not None and world is not None and world % size:
-        yield (f"world size {world} is not a multiple of parallel.ep={p.ep} * parallel.etp={p.etp} * parallel.pp={p.pp} = {size} (expert data parallelism is the rest); "
+        yield (f"world size {world} is not a multiple of parallel.ep={p.ep} * parallel.etp={p.etp} * parallel.pp={p.pp} = {size}, the expert mesh; "
                f"use {multiples_near(world, size)} ranks, or a product out of {listed(divisors(world))}")
 
 
@@ -124,7 +124,8 @@ def _heads(config: Config, world: int | None) -> Iterator[str]:
 def _groups(config: Config, world: int | None) -> Iterator[str]:
     groups, tp = config.model.resolved_query_groups, config.parallel.tp
     if config.model.num_query_groups is not None and groups % tp and tp % groups:
-        yield f"model.num_query_groups={groups} is neither a multiple nor a divisor of parallel.tp={tp}; use tp = {listed(divisors(groups))}, or a multiple of {groups}"
+        yield (f"model.num_query_groups={groups} is neither a multiple nor a divisor of parallel.tp={tp}; "
+               f"use tp = {listed(divisors(groups))}, or a multiple of {groups}")
 
 
 @rule("model.hidden_size", "model.num_attention_heads", "model.head_dim")
@@ -172,7 +173,7 @@ def _stages(config: Config, world: int | None) -> Iterator[str]:
 @rule("parallel.pp", "parallel.vpp")
 def _interleaving(config: Config, world: int | None) -> Iterator[str]:
     if config.parallel.vpp > 1 and config.parallel.pp == 1:
-        yield f"parallel.vpp={config.parallel.vpp} interleaves the chunks of pipeline stages, and parallel.pp=1 has none; set parallel.vpp=1, or parallel.pp=2 or more"
+        yield f"parallel.vpp={config.parallel.vpp} interleaves chunks of pipeline stages, and parallel.pp=1 has one stage; set vpp=1, or pp=2 or more"
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------------------------------
@@ -230,15 +231,17 @@ def _batch(config: Config, world: int | None) -> Iterator[str]:
         yield (f"train.global_batch_size={size} is not a multiple of train.micro_batch_size={micro} * {dp} data-parallel ranks = {micro * dp}; "
                f"use {multiples_near(size, micro * dp)}")
     elif p.vpp > 1 and p.pp > 1 and size // (micro * dp) % p.pp:
-        yield (f"parallel.vpp={p.vpp} needs a number of micro-batches that parallel.pp={p.pp} divides, and train.global_batch_size={size} makes {size // (micro * dp)}; "
+        yield (f"parallel.vpp={p.vpp} needs a number of micro-batches that parallel.pp={p.pp} divides, "
+               f"and train.global_batch_size={size} makes {size // (micro * dp)}; "
                f"use train.global_batch_size={multiples_near(size, micro * dp * p.pp)}")
 
 
 @rule("data.seq_length", "parallel.tp", "parallel.cp")
 def _sequence_split(config: Config, world: int | None) -> Iterator[str]:
     length, p = config.data.seq_length, config.parallel
-    if p.cp > 1 and length % (2 * p.cp * p.tp):
-        yield f"data.seq_length={length} is not a multiple of 2 * parallel.cp={p.cp} * parallel.tp={p.tp} = {2 * p.cp * p.tp}; use {multiples_near(length, 2 * p.cp * p.tp)}"
+    parts = 2 * p.cp * p.tp
+    if p.cp > 1 and length % parts:
+        yield f"data.seq_length={length} is not a multiple of 2 * parallel.cp={p.cp} * parallel.tp={p.tp} = {parts}; use {multiples_near(length, parts)}"
     elif p.cp == 1 and length % p.tp:
         yield f"data.seq_length={length} is not a multiple of parallel.tp={p.tp} (sequence parallel splits it); use {multiples_near(length, p.tp)}"
 
@@ -253,18 +256,24 @@ def _positions(config: Config, world: int | None) -> Iterator[str]:
 # --- memory, precision, schedule -------------------------------------------------------------------------------------------------------------
 
 
-@rule("parallel.recompute", "parallel.recompute_layers", "parallel.recompute_modules", "parallel.layers_per_stage", "parallel.pp", "parallel.vpp", "model.num_layers", "moe")
+@rule("parallel.recompute", "parallel.recompute_layers", "parallel.layers_per_stage", "parallel.pp", "parallel.vpp", "model.num_layers")
 def _recompute(config: Config, world: int | None) -> Iterator[str]:
     p = config.parallel
-    default = type(p).model_fields["recompute_modules"].get_default(call_default_factory=True)
     if p.recompute_layers is not None and p.recompute != "full":
         yield f"parallel.recompute_layers={p.recompute_layers} belongs to parallel.recompute=full, not {p.recompute}; set recompute=full, or leave it out"
     elif p.recompute_layers is not None:
         most = max(p.layers_per_stage) if p.layers_per_stage else -(-config.model.num_layers // (p.pp * p.vpp))
         if p.recompute_layers > most:
             yield f"parallel.recompute_layers={p.recompute_layers} is above the {most} layers of the largest stage; use 1 to {most}, or leave it out for all"
+
+
+@rule("parallel.recompute", "parallel.recompute_modules", "moe")
+def _recompute_modules(config: Config, world: int | None) -> Iterator[str]:
+    p = config.parallel
+    default = type(p).model_fields["recompute_modules"].get_default(call_default_factory=True)
     if p.recompute != "selective" and p.recompute_modules != default:
-        yield f"parallel.recompute_modules={p.recompute_modules} belongs to parallel.recompute=selective, not {p.recompute}; set recompute=selective, or leave it out"
+        yield (f"parallel.recompute_modules={p.recompute_modules} belongs to parallel.recompute=selective, not {p.recompute}; "
+               f"set recompute=selective, or leave it out")
     if p.recompute == "selective" and not p.recompute_modules:
         yield f"parallel.recompute_modules=[] recomputes nothing; name modules, for instance {default}, or set parallel.recompute=none"
     if p.recompute == "selective" and len(set(p.recompute_modules)) < len(p.recompute_modules):
@@ -333,7 +342,8 @@ def _validation_data(config: Config, world: int | None) -> Iterator[str]:
             yield f"data.valid.{name} names no dataset; give it a path, or leave it out"
     asked = [key for key in ("eval_every", "eval_at_start", "eval_at_end") if getattr(config.train, key)]
     if asked and not config.data.valid and not config.data.mock:
-        yield f"train.{asked[0]}={str(getattr(config.train, asked[0])).lower()} evaluates, and data.valid is empty; name a validation set, for instance data.valid.held_out=PREFIX"
+        yield (f"train.{asked[0]}={str(getattr(config.train, asked[0])).lower()} evaluates, and data.valid is empty; "
+               f"name a validation set, for instance data.valid.held_out=PREFIX")
 
 
 @rule("megatron")

@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
-_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
 _OCTAL = re.compile(r"[-+]?0[0-9_]+$")
 _SEXAGESIMAL = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?$")
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
@@ -46,7 +48,8 @@ class StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.MarkedYAMLError(problem=f"anchors and aliases (&{event.anchor}, *{event.anchor}) are not read here; write the value out", problem_mark=event.start_mark)
+            problem = f"anchors and aliases (&{event.anchor}, *{event.anchor}) are not read here; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         if getattr(event, "tag", None):
             raise yaml.MarkedYAMLError(problem=f"tags ({event.tag}) are not read here; write the plain value", problem_mark=event.start_mark)
         if self.depth >= _MAX_DEPTH:
@@ -80,7 +83,8 @@ for _tag, _pattern, _first in _RESOLVERS:
     StrictLoader.add_implicit_resolver(_tag, _pattern, _first)
     StrictDumper.add_implicit_resolver(_tag, _pattern, _first)
 # Only quoting is at stake: without it a YAML 1.1 reader elsewhere would see booleans, dates and merge keys in our resolved configs.
-StrictDumper.add_implicit_resolver("!word", re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF|y|Y|n|N|<<|=|[0-9]{4}-[0-9][-0-9]*.*)$"), list("yYnNoO<=0123456789"))
+_YAML_1_1_WORD = re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF|y|Y|n|N|<<|=|[0-9]{4}-[0-9][-0-9]*.*)$")
+StrictDumper.add_implicit_resolver("!word", _YAML_1_1_WORD, list("yYnNoO<=0123456789"))
 
 
 @dataclass
@@ -114,6 +118,7 @@ class _Reader:
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, f"{path}.{index}") for index, item in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
         return self.scalar(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
@@ -137,9 +142,11 @@ class _Reader:
         text, tag = node.value, node.tag
         key = f"{path}={text}" if path else text
         if tag == _OCTAL_TAG:
-            self.problem(node.start_mark, f"{key} would be an octal number to some YAML readers; write {int(text.replace('_', '') or 0)}, or \"{text}\" in quotes if text is meant")
+            number = int(text.replace("_", ""))
+            self.problem(node.start_mark, f'{key} would be an octal number to some YAML readers; write {number}, or "{text}" in quotes if text is meant')
         elif tag == _SEXAGESIMAL_TAG:
-            self.problem(node.start_mark, f"{key} would be a base-60 number to some YAML readers; write seconds as one number, or \"{text}\" in quotes if text is meant")
+            advice = f'write seconds as one number, or "{text}" in quotes if text is meant'
+            self.problem(node.start_mark, f"{key} would be a base-60 number to some YAML readers; {advice}")
         elif tag == _TAG + "null":
             return None
         elif tag == _TAG + "bool":
