@@ -1,0 +1,127 @@
+"""What one preprocessing worker does: a block of lines in, token ids out.
+
+Kept apart from `preprocess` so that a worker process imports the tokenizer and numpy, and not torch with megatron-core: it starts in a moment and is small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_skywork.data.documents import BadLine, Block, parse_line
+from megatron_skywork.data.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """Everything that decides a document's tokens and the file it goes to."""
+
+    tokenizer: str
+    field: str
+    bos_id: int | None
+    eod_id: int | None
+    holdout: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The documents of one block.
+
+    Attributes:
+        path: the file.
+        tokens, lengths: documents to keep: concatenated ids int32, one length each.
+        held_tokens, held_lengths: documents held out.
+        empty, blank: documents without tokens, lines without anything.
+        num_lines: lines read.
+        num_bytes: bytes of text encoded.
+        bad: (line number, reason) of each line without a document.
+        damage: (line number, reason) where the file cannot be read further.
+    """
+
+    path: str
+    tokens: np.ndarray
+    lengths: np.ndarray
+    held_tokens: np.ndarray
+    held_lengths: np.ndarray
+    empty: int
+    blank: int
+    num_lines: int
+    num_bytes: int
+    bad: list[tuple[int, str]]
+    damage: tuple[int, str] | None
+
+
+def is_held_out(text: str, share: float, seed: int) -> bool:
+    """Whether a document belongs to the held-out part: by its content, so that copies of a document never stand on both sides."""
+    if share <= 0:
+        return False
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def encode_block(block: Block, tokenizer: Tokenizer, options: EncodingOptions) -> Encoded:
+    """Tokenize every document of a block; the result depends on nothing but the arguments."""
+    texts: list[str] = []
+    bad: list[tuple[int, str]] = []
+    blank = 0
+    for number, line in enumerate(block.lines, start=block.first_line):
+        try:
+            text = parse_line(line, options.field)
+        except BadLine as error:
+            bad.append((number, str(error)))
+            continue
+        if text is None:
+            blank += 1
+        else:
+            texts.append(text)
+    parts: dict[bool, list[list[int]]] = {False: [], True: []}
+    empty = 0
+    begin = [] if options.bos_id is None else [options.bos_id]
+    end = [] if options.eod_id is None else [options.eod_id]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        if not ids:
+            empty += 1
+            continue
+        parts[is_held_out(text, options.holdout, options.seed)].append([*begin, *ids, *end])
+    damage = None if block.damage is None else (block.first_line + len(block.lines), block.damage)
+    return Encoded(block.path, *_pack(parts[False]), *_pack(parts[True]), empty=empty, blank=blank, num_lines=len(block.lines),
+                   num_bytes=sum(map(len, block.lines)), bad=bad, damage=damage)
+
+
+def _pack(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.fromiter(itertools.chain.from_iterable(documents), dtype=np.int32)
+    return tokens, np.array([len(document) for document in documents], dtype=np.int64)
+
+
+_worker: tuple[Tokenizer, EncodingOptions] | None = None
+
+
+def start_worker(options: EncodingOptions) -> None:
+    """Prepare a worker process: load the tokenizer once, leave Ctrl-C to the parent, end when the parent is gone."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # N workers are N cores
+    _worker = load_tokenizer(options.tokenizer), options
+
+
+def encode_in_worker(block: Block) -> Encoded:
+    """`encode_block` with what `start_worker` prepared."""
+    if _worker is None:
+        raise RuntimeError("start_worker was not called in this process")
+    return encode_block(block, *_worker)
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
