@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str, vocab_size: int):
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+        with warnings.catch_warnings():
+            # megatron-core warns that its optimizers lack Transformer Engine, which is no concern of a file writer.
+            warnings.simplefilter("ignore", UserWarning)
+            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         self.prefix = prefix
         self._final, self._partial = paths_of(prefix), paths_of(f"{prefix}.partial")

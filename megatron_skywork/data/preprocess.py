@@ -80,7 +80,7 @@ class Result:
         outputs: side file of each prefix written.
         counts: lines and documents, and those left out by reason.
         bad_lines: "file:line: reason" of the first hundred.
-        seconds: wall clock, without loading the tokenizer.
+        seconds: wall clock from the first line read to the last file published.
     """
 
     outputs: dict[str, SideFile] = field(default_factory=dict)
@@ -147,20 +147,20 @@ def preprocess(options: PreprocessOptions, stream: TextIO | None = None) -> Resu
     with ExitStack() as stack:
         for prefix in prefixes:
             _reserve(prefix, options.overwrite, stack)
-        progress = Progress(stream or sys.stderr)
-        stack.callback(progress.close)
         try:
             writers = []
             for prefix in prefixes:
                 writers.append(IndexedWriter(prefix, tokenizer.vocab_size))
                 stack.callback(writers[-1].discard)
+            progress = Progress(stream or sys.stderr)
+            stack.callback(progress.close)
             result = _write_documents(options, encoding, files, writers, tokenizer, progress)
             _finish(options, encoding, files, writers, tokenizer, result)
+            result.seconds = progress.seconds()
         except BrokenProcessPool as error:
             raise DataError(f"a worker process died (out of memory, or killed); nothing was written: try fewer than {options.workers} workers") from error
         except OSError as error:
             raise DataError(f"{error.filename or options.output}: {error.strerror or error}; nothing was written") from error
-        result.seconds = progress.seconds()
     return result
 
 
