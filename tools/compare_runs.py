@@ -12,7 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, DataError, UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, DataError, UserError  # noqa: E402
 
 FIELDS = ("loss", "grad_norm", "learning_rate", "tokens")
 

@@ -131,14 +131,15 @@ def training_stages(plan: Plan) -> list[Stage]:
     words = ["--first", 1, "--last", COMPARE_STEP, "--checkpoint-step", COMPARE_STEP, "--json"]
     compare = Command(python("tools/compare_runs.py", run, straight, *words), stdout=result, allowed=(0, 1))
     begin = [training(plan, "run", f"train.stop_at_step={STOP_STEP}")]
-    done = last_checkpoint(plan) / "complete.json"
+    done = [last_checkpoint(plan) / "complete.json"]
+    finish = [training(plan, "run")]
     here = f"{plan.num_processes} process{'es' if plan.num_processes > 1 else ''}"
     return [
         Stage("train", f"evaluate, train to step {STOP_STEP}, stop ({here})", begin, reads=[CONFIG], makes=[run / "metrics.jsonl"], clears=[run]),
         Stage("resume", f"go on from the checkpoint to step {COMPARE_STEP}", resume),
         Stage("uninterrupted", f"the same {COMPARE_STEP} steps without a stop", straight_through, makes=[straight / "metrics.jsonl"], clears=[straight]),
         Stage("compare", "compare both runs, every number and byte", [compare], makes=[result], finding=lambda: resume_finding(plan)),
-        Stage("finish", "go on to the last step, evaluate", [training(plan, "run")], makes=[done], clears=[straight / "checkpoints"], finding=lambda: loss_finding(plan)),
+        Stage("finish", "go on to the last step, evaluate", finish, makes=done, clears=[straight / "checkpoints"], finding=lambda: loss_finding(plan)),
     ]
 
 
@@ -149,7 +150,8 @@ def last_checkpoint(plan: Plan) -> Path:
 
 def closing_stages(plan: Plan) -> list[Stage]:
     """Export, generate, report."""
-    export = Command(python("tools/convert_checkpoint.py", "export", "--checkpoint", last_checkpoint(plan), "--out", plan.path("export"), "--tokenizer", plan.dense))
+    words = ["--checkpoint", last_checkpoint(plan), "--out", plan.path("export"), "--tokenizer", plan.dense]
+    export = Command(python("tools/convert_checkpoint.py", "export", *words))
     words = ["--model", plan.path("export"), "--prompt", PROMPT, "--trust-remote-code", "--json"]
     sentence = Command(python("tools/generate.py", *words), stdout=plan.path("results/generate.json"))
     report = Command(python("tools/report.py", plan.path("run"), "--out", plan.path("report.html")))

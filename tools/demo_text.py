@@ -16,7 +16,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_skywork.errors import EXIT_DONE, DataError, UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from megatron_skywork.errors import EXIT_DONE, DataError, UserError  # noqa: E402
 
 # Third parties, tests, and tables that are no text.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "__phello__"}

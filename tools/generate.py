@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_skywork.errors import EXIT_DONE, CheckpointError, UserError
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+
+from megatron_skywork.errors import EXIT_DONE, CheckpointError, UserError  # noqa: E402
 
 
 def generate(model_dir: Path, prompt: str, max_new_tokens: int, trust_remote_code: bool) -> dict[str, object]:

@@ -27,6 +27,7 @@ LAYERS = [
     {"optim", "checkpoint"},
     {"train"},
     {"report"},
+    {"cli"},
     {"launch", "tools", "benchmarks"},
 ]
 WITHOUT_TORCH = {"config", "plan"}
