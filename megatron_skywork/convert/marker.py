@@ -1,0 +1,87 @@
+"""The completion marker: `complete.json`, the size of every file of a checkpoint folder, written last.
+
+A folder without it was interrupted while being written and is never read. Sizes notice a truncated file; a flipped bit is noticed by `manifest.json`
+(SHA-256) where a folder has one, because neither safetensors nor torch's files carry checksums that are verified on load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megatron_skywork.errors import CheckpointError
+
+MARKER = "complete.json"
+
+
+def write_marker(folder: Path | str) -> None:
+    """Record the size of every file below `folder` in its `complete.json`, durably; the last write of a checkpoint."""
+    folder = Path(folder)
+    sizes = {name: (folder / name).stat().st_size for name in list_files(folder) if name != MARKER}
+    temporary = folder / (MARKER + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(sizes, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / MARKER)
+    fsync_folder(folder)
+
+
+def is_complete(folder: Path | str) -> bool:
+    """Whether the folder carries a completion marker (its sizes are not looked at)."""
+    return (Path(folder) / MARKER).is_file()
+
+
+def check_marker(folder: Path | str) -> dict[str, int]:
+    """Sizes recorded in the marker, after comparing them with the files.
+
+    Raises:
+        CheckpointError: no folder, no marker, or files that are missing or of another size, all of them listed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    if not is_complete(folder):
+        raise CheckpointError(f"{folder}: no {MARKER}, so this folder was never finished (the marker is written last); use another checkpoint, or write this one again")
+    try:
+        sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MARKER}: cannot be read as JSON ({error}); the folder is damaged") from error
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
+        raise CheckpointError(f"{folder / MARKER}: expected file names with their sizes in bytes; the folder is damaged")
+    problems = []
+    for name, size in sizes.items():
+        path = inside(folder, name, MARKER)
+        if not path.is_file():
+            problems.append(f"{name}: missing ({size} bytes expected)")
+        elif path.stat().st_size != size:
+            problems.append(f"{name}: {path.stat().st_size} bytes, {size} expected")
+    if problems:
+        raise CheckpointError(f"{folder}: files differ from {MARKER}; the folder is damaged:\n" + "\n".join("  " + line for line in problems))
+    return sizes
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every regular file below the folder, as sorted relative names with forward slashes."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def inside(folder: Path, name: object, said_by: str) -> Path:
+    """`folder / name`, where `name` was read from a file and must not lead out of the folder."""
+    if not isinstance(name, str) or not name or "\x00" in name:
+        raise CheckpointError(f"{folder}: {said_by} names the file {name!r}, which is not a file name")
+    parts = Path(name.replace("\\", "/")).parts
+    if Path(name).is_absolute() or ".." in parts or name.startswith("\\") or ":" in parts[0]:
+        raise CheckpointError(f"{folder}: {said_by} names the file {name!r}, which lies outside the folder; nothing was read from it")
+    return folder / name
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
