@@ -175,7 +175,7 @@ class SkyworkRouter(TopKRouter):
         """Add the z-loss to the training loss: the mean over this rank's tokens, of which the group's mean is taken."""
         loss = z_loss_func(logits_TE, 1.0, padding_mask=None if valid_T is None else ~valid_T)
         self._add_to_window("z_loss", loss)
-        tokens = torch.as_tensor(float(logits_TE.shape[0]) if valid_T is None else valid_T.sum(), device=logits_TE.device) * self.tp_cp_group.size()
+        tokens = (logits_TE.new_full((), logits_TE.shape[0]) if valid_T is None else valid_T.sum(dtype=logits_TE.dtype)) * self.tp_cp_group.size()
         share = self.moe.z_loss_coefficient / self.tp_cp_group.size()
         return MoEAuxLossAutoScaler.apply(logits_TE, share * loss * self._per_token_factor(tokens))
 

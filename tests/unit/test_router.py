@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_skywork import device
 from megatron_skywork.config.schema import Moe
@@ -385,6 +386,30 @@ def test_update_between_steps_leaves_autograd_intact():
     for _ in range(3):
         router(_hidden())[0].sum().backward()
         update_coefficients([router], None, skipped=False)
+
+
+class _HostWaits(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: reading a value, or a result whose shape depends on values."""
+
+    waits = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default, torch.ops.aten.equal.default}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.waits, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_nothing_waits_for_the_device(policy):
+    for kind in ("report", "switch"):
+        router = _router(capacity_factor=1.0, drop_policy=policy, aux_loss=kind, z_loss_coefficient=0.1, adaptive={"enabled": True})
+        mask = torch.zeros(12, 2, dtype=torch.bool)
+        hidden = _hidden()
+        with _HostWaits():
+            router(hidden)[0].sum().backward()
+            router(hidden, padding_mask=mask)[0].sum().backward()
+            update_coefficients([router], None, skipped=False)
+        with pytest.raises(AssertionError, match="waits for the device"), _HostWaits():
+            router.window.sum().item()
 
 
 def test_metrics_of_one_stage():
