@@ -44,19 +44,20 @@ class Block:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Files of the patterns: in the order of the patterns, sorted within each, a file named twice taken once.
+    """Files of the patterns: in the order of the patterns, sorted within each, a file that several of them name taken once.
 
     Raises:
         DataError: a pattern matches no file.
     """
-    files: dict[str, None] = {}
+    files: dict[str, str] = {}
     for pattern in patterns:
         # A name that exists is taken as it stands, so that brackets in it are not read as a pattern.
         matches = [pattern] if os.path.isfile(pattern) else sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
         if not matches:
             raise DataError(f"--input {pattern!r}: no file matches; the pattern is taken relative to {os.getcwd()}")
-        files.update(dict.fromkeys(matches))
-    return list(files)
+        for name in matches:
+            files.setdefault(os.path.realpath(name), name)
+    return list(files.values())
 
 
 def read_blocks(path: str) -> Iterator[Block]:

@@ -41,7 +41,6 @@ class Encoded:
         held_tokens, held_lengths: documents held out.
         empty, blank: documents without tokens, lines without anything.
         num_lines: lines read.
-        num_bytes: bytes of text encoded.
         bad: (line number, reason) of each line without a document.
         damage: (line number, reason) where the file cannot be read further.
     """
@@ -54,7 +53,6 @@ class Encoded:
     empty: int
     blank: int
     num_lines: int
-    num_bytes: int
     bad: list[tuple[int, str]]
     damage: tuple[int, str] | None
 
@@ -93,7 +91,7 @@ def encode_block(block: Block, tokenizer: Tokenizer, options: EncodingOptions) -
         parts[is_held_out(text, options.holdout, options.seed)].append([*begin, *ids, *end])
     damage = None if block.damage is None else (block.first_line + len(block.lines), block.damage)
     return Encoded(block.path, *_pack(parts[False]), *_pack(parts[True]), empty=empty, blank=blank, num_lines=len(block.lines),
-                   num_bytes=sum(map(len, block.lines)), bad=bad, damage=damage)
+                   bad=bad, damage=damage)
 
 
 def _pack(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,10 +11,10 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -200,18 +200,19 @@ def _write_documents(options: PreprocessOptions, encoding: EncodingOptions, file
     blocks = (block for file in files for block in read_blocks(file))
     encoded = _encode_on_workers(blocks, encoding, options.workers) if options.workers > 1 else _encode_here(blocks, tokenizer, encoding)
     counts = result.counts
-    for block in encoded:
-        writers[0].add(block.tokens, block.lengths)
-        if options.holdout_output:
-            writers[1].add(block.held_tokens, block.held_lengths)
-        counts["lines"] += block.num_lines
-        counts["documents"] += len(block.lengths)
-        counts["held_out"] += len(block.held_lengths)
-        counts["empty_documents"] += block.empty
-        counts["blank_lines"] += block.blank
-        for number, reason in [*block.bad, *([block.damage] if block.damage else [])]:
-            _note_bad_line(options, f"{block.path}:{number}: {reason}", result, progress)
-        progress.show(counts["documents"] + counts["held_out"], sum(writer.num_tokens for writer in writers), block.path)
+    with closing(encoded):  # ends the workers at once where a bad line stops the run
+        for block in encoded:
+            writers[0].add(block.tokens, block.lengths)
+            if options.holdout_output:
+                writers[1].add(block.held_tokens, block.held_lengths)
+            counts["lines"] += block.num_lines
+            counts["documents"] += len(block.lengths)
+            counts["held_out"] += len(block.held_lengths)
+            counts["empty_documents"] += block.empty
+            counts["blank_lines"] += block.blank
+            for number, reason in [*block.bad, *([block.damage] if block.damage else [])]:
+                _note_bad_line(options, f"{block.path}:{number}: {reason}", result, progress)
+            progress.show(counts["documents"] + counts["held_out"], sum(writer.num_tokens for writer in writers), block.path)
     return result
 
 
@@ -248,13 +249,13 @@ def _finish(options: PreprocessOptions, encoding: EncodingOptions, files: list[s
         writer.publish()
 
 
-def _encode_here(blocks: Iterable[Block], tokenizer: Tokenizer, encoding: EncodingOptions) -> Iterator[Encoded]:
+def _encode_here(blocks: Iterable[Block], tokenizer: Tokenizer, encoding: EncodingOptions) -> Generator[Encoded, None, None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers 1 means one core
     for block in blocks:
         yield encode_block(block, tokenizer, encoding)
 
 
-def _encode_on_workers(blocks: Iterator[Block], encoding: EncodingOptions, workers: int) -> Iterator[Encoded]:
+def _encode_on_workers(blocks: Iterator[Block], encoding: EncodingOptions, workers: int) -> Generator[Encoded, None, None]:
     """Blocks encoded by `workers` processes, in the order they came, with a bounded number under way."""
     # spawn, not fork: the parent has torch's threads by now, and a forked copy of a held lock never opens.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(encoding,))
