@@ -74,7 +74,7 @@ def _limit_words(limits: list[Any]) -> Iterator[str]:
         for name, form in (("gt", "above {}"), ("ge", "from {} up"), ("lt", "below {}"), ("le", "up to {}")):
             bound = getattr(limit, name, None)
             if bound is not None:
-                yield form.format(f"{bound:g}")
+                yield form.format(f"{bound:g}" if isinstance(bound, float) else bound)
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

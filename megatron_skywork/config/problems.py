@@ -111,7 +111,9 @@ def rewrite(error: ErrorDetails, origins: Mapping[str, str]) -> tuple[str, list[
         advice, meant = unknown_name([str(part) for part in path], locate(path).section)
         return f"{key}={shown(value)}{origin}: {advice}", [key, *meant]
     if type_ == "missing":
-        return f"{key} is not set, and it is required: {place.words}. {place.sentence}".rstrip(), [key]
+        needed = [name for name, field in place.section.model_fields.items() if field.is_required()]
+        words = f"a section with at least {', '.join(needed)}" if place.is_section else place.words
+        return f"{key} is not set, and it is required: {words}. {place.sentence}".rstrip(), [key]
     if type_ == "value_error":  # a rule of the schema itself: its text begins with the setting's name inside its section
         text = str(error.get("ctx", {}).get("error", error["msg"]))
         name = re.split(r"[.= ]", text, maxsplit=1)[0]

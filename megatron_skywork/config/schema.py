@@ -24,7 +24,7 @@ class Section(BaseModel):
 class Model(Section):
     """Shape of the transformer (LLaMA type: RMSNorm, SwiGLU, rotary positions, no bias unless said)."""
 
-    num_layers: Positive = Field(description="Transformer layers.")
+    num_layers: Positive = Field(le=10_000, description="Transformer layers.")
     hidden_size: Positive = Field(description="Width of the residual stream.")
     ffn_hidden_size: Positive = Field(description="Inner width of a dense layer's SwiGLU feed-forward, and of an expert unless moe.ffn_hidden_size says otherwise.")
     num_attention_heads: Positive = Field(description="Query heads.")
@@ -200,7 +200,7 @@ class Train(Section):
     global_batch_size: Positive = Field(description="Sequences per optimizer step, over all ranks.")
     micro_batch_size: Positive = Field(1, description="Sequences per forward pass on one rank.")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Compute precision; master weights, moments and gradient reduction are fp32.")
-    seed: NonNegative = Field(1234, description="Seed of weights, dropout and data order.")
+    seed: NonNegative = Field(1234, le=2**31 - 1, description="Seed of weights, dropout and data order.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")
     time_limit_seconds: float | None = Field(None, gt=0, description="Save and stop when the process has run this long.")
     eval_every: NonNegative = Field(0, description="Steps between evaluations; 0 means only where asked at start and end.")

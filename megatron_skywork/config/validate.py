@@ -6,6 +6,7 @@ answer would be about a value nobody chose). Rules inside one section stand in `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from megatron_skywork.config.megatron_fields import megatron_problems
@@ -50,8 +51,8 @@ def _overlap(key: str, bad: str) -> bool:
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    """All divisors, ascending; of a number above 10^10 those that have a factor up to 100,000."""
+    small = [d for d in range(1, min(math.isqrt(number), 100_000) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 

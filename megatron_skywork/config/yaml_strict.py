@@ -36,6 +36,10 @@ _RESOLVERS = [
 _MAX_DEPTH = 40
 
 
+class _Refused(yaml.MarkedYAMLError):
+    """YAML that is well formed and not wanted here."""
+
+
 class StrictLoader(yaml.SafeLoader):
     """SafeLoader with the reading rules of this module; used to compose nodes, never to construct objects."""
 
@@ -49,11 +53,11 @@ class StrictLoader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             problem = f"anchors and aliases (&{event.anchor}, *{event.anchor}) are not read here; write the value out"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise _Refused(problem=problem, problem_mark=event.start_mark)
         if getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(problem=f"tags ({event.tag}) are not read here; write the plain value", problem_mark=event.start_mark)
+            raise _Refused(problem=f"tags ({event.tag}) are not read here; write the plain value", problem_mark=event.start_mark)
         if self.depth >= _MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {_MAX_DEPTH} levels", problem_mark=event.start_mark)
+            raise _Refused(problem=f"nested deeper than {_MAX_DEPTH} levels", problem_mark=event.start_mark)
         self.depth += 1
         try:
             return super().compose_node(parent, index)
@@ -158,10 +162,11 @@ class _Reader:
         return text
 
     def integer(self, node: yaml.ScalarNode, key: str) -> int | None:
-        if len(node.value) > 40:
-            self.problem(node.start_mark, f"{key[:60]}...: a number of {len(node.value)} digits")
+        number = int(node.value.replace("_", ""), 16 if "x" in node.value else 10) if len(node.value) <= 100 else 2**63
+        if abs(number) >= 2**63:
+            self.problem(node.start_mark, f"{key if len(key) < 60 else key[:60] + '...'}: more than 64 bits hold; use a smaller number")
             return None
-        return int(node.value.replace("_", ""), 16 if "x" in node.value else 10)
+        return number
 
 
 def read_yaml(text: str, source: str, with_lines: bool = True, path: str = "") -> Document:
@@ -185,6 +190,8 @@ def read_yaml(text: str, source: str, with_lines: bool = True, path: str = "") -
             loader.dispose()
         if node is not None:
             reader.document.values = reader.value(node, path)
+    except _Refused as error:
+        reader.problem(error.problem_mark, str(error.problem))
     except yaml.MarkedYAMLError as error:
         reader.problem(error.problem_mark, _sentence(error.problem or "not readable as YAML"))
     except yaml.YAMLError as error:

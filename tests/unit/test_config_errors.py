@@ -1,0 +1,221 @@
+"""Wrong configurations: every message names the key, the value and what to type instead, and all of them come at once."""
+
+import re
+
+import pytest
+
+from megatron_skywork.config.load import load_config
+from megatron_skywork.config.manual import section_names, settings
+from megatron_skywork.errors import ConfigError
+
+BASE = """\
+model: {num_layers: 4, hidden_size: 64, ffn_hidden_size: 128, num_attention_heads: 4, vocab_size: 500, max_position_embeddings: 256}
+moe: {num_experts: 4}
+data: {mock: true, seq_length: 64}
+train: {steps: 10, global_batch_size: 8}
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "base.yaml"
+    path.write_text(BASE)
+    return str(path)
+
+
+def problems_of(paths, overrides=(), world_size=None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(paths, list(overrides), world_size)
+    assert caught.value.exit_code == 2
+    text = "\n".join(caught.value.problems)
+    assert "pydantic" not in text and "http" not in text and "type=" not in text and "Traceback" not in text
+    return caught.value.problems
+
+
+# overrides, world size, what the one problem starts with, what else it must say
+WRONG = [
+    # unknown names
+    ("model.num_layer=3", None, "model.num_layer=3", "did you mean model.num_layers?"),
+    ("trian.steps=3", None, "trian={", "did you mean train?"),
+    ("seed=3", None, "seed=3", "did you mean train.seed?"),
+    ("model.topk=1", None, "model.topk=1", "did you mean moe.topk?"),
+    ("moe.adaptive.momentun=0.9", None, "moe.adaptive.momentun=0.9", "did you mean moe.adaptive.momentum?"),
+    ("optim.zzzzzz=1", None, "optim.zzzzzz=1", "optim has lr, min_lr"),
+    ("data.train=[{path: a, wieght: 2}] data.mock=false", None, "data.train.0.wieght=2", "did you mean data.train.0.weight?"),
+    # wrong types and values
+    ("train.steps=ten", None, 'train.steps="ten"', "this must be a whole number above 0, not text"),
+    ("train.steps=true", None, "train.steps=true", "not true/false"),
+    ("train.steps=10.0", None, "train.steps=10.0", "a whole number above 0, not a number"),
+    ("train.steps=1e3", None, "train.steps=1000.0", "a whole number above 0"),
+    ("train.steps=0", None, "train.steps=0", "a whole number above 0"),
+    ("train.steps=null", None, "train.steps=null", "not nothing"),
+    ("train.steps=010", None, "command line: train.steps=010", "write 10"),
+    ("train.time_limit_seconds=12:30:00", None, "command line: train.time_limit_seconds=12:30:00", "seconds as one number"),
+    ("train.steps=99999999999999999999", None, "command line: train.steps=99999999999999999999", "64 bits"),
+    ("model.num_layers=20000", None, "model.num_layers=20000", "up to 10000"),
+    ("train.steps=[1]", None, "train.steps=[1]", "not a list"),
+    ("train.seed=-1", None, "train.seed=-1", "from 0 up"),
+    ("optim.lr=.inf", None, "optim.lr=Infinity", "a finite number"),
+    ("optim.lr=-1", None, "optim.lr=-1", "a number above 0"),
+    ("optim.beta2=1.0", None, "optim.beta2=1.0", "below 1"),
+    ("moe.gate_norm=yes", None, 'moe.gate_norm="yes"', "write true"),
+    ("moe.gate_norm=1", None, "moe.gate_norm=1", "true or false, not a whole number"),
+    ("moe.num_experts=1", None, "moe.num_experts=1", "from 2 up"),
+    ("model.backend=tee", None, 'model.backend="tee"', "did you mean te?"),
+    ("optim.schedule=cosin", None, 'optim.schedule="cosin"', "did you mean cosine?"),
+    ("parallel.recompute=selective parallel.recompute_modules=[attention]", None, 'parallel.recompute_modules.0="attention"', "core_attn"),
+    ("model=3", None, "model=3", "a section with num_layers"),
+    ("moe.adaptive=true", None, "moe.adaptive=true", "a section with enabled"),
+    ("data.train=5 data.mock=false", None, "data.train=5", "a path, or a list of paths"),
+    ("data.valid=held_out", None, 'data.valid="held_out"', "names, each with"),
+    ("data.valid.a=5", None, "data.valid.a=5", "a path, or a list of paths"),
+    ("data.train=[{weight: 2}] data.mock=false", None, "data.train.0.path is not set", "text"),
+    ("run_dir=5", None, "run_dir=5", "this must be text"),
+    ("megatron=3", None, "megatron=3", "names, each with"),
+    # rules inside a section
+    ("moe.topk=5", None, "moe.topk=5", "topk <= 4"),
+    ("moe.adaptive.enabled=true", None, "moe.adaptive.enabled=true", "set capacity_factor"),
+    ("model.num_attention_heads=5", None, "model.num_attention_heads=5", "set head_dim"),
+    ("optim.min_lr=1.0", None, "optim.min_lr=1.0", "above lr"),
+    ("moe.pad_to_capacity=true moe.capacity_factor=1.0 moe.dispatcher=allgather", None, "moe.pad_to_capacity=true", "dispatcher=alltoall"),
+    # the world
+    ("parallel.tp=4", 6, "world size 6 is not a multiple of parallel.tp=4", "use 4 or 8 ranks, or a product out of 1, 2, 3 or 6"),
+    ("parallel.ep=4 parallel.pp=2", 4, "world size 4 is not a multiple of parallel.ep=4 * parallel.etp=1 * parallel.pp=2 = 8", "use 8 ranks"),
+    ("parallel.etp=2 parallel.ep=2", 2, "world size 2 is not a multiple of parallel.ep=2 * parallel.etp=2", "use 4 ranks"),
+    ("train.seed=1", 0, "world size 0", "1 or more"),
+    ("train.global_batch_size=6", 4, "train.global_batch_size=6 is not a multiple", "use 4 or 8"),
+    ("train.micro_batch_size=3", 1, "train.global_batch_size=8 is not a multiple of train.micro_batch_size=3", "use 6 or 9"),
+    ("parallel.pp=2 parallel.vpp=2 train.global_batch_size=3", 2, "parallel.vpp=2 needs a number of micro-batches", "train.global_batch_size=2 or 4"),
+    # what is split
+    ("parallel.tp=8 data.seq_length=64", 8, "model.num_attention_heads=4", "use tp = 1, 2 or 4"),
+    ("model.num_query_groups=3 model.num_attention_heads=6 model.head_dim=8 parallel.tp=2", None, "model.num_query_groups=3", "use tp = 1 or 3"),
+    ("model.ffn_hidden_size=129 moe=null parallel.tp=2", None, "model.ffn_hidden_size=129", "use 128 or 130"),
+    ("moe.shared_expert_ffn_hidden_size=33 parallel.tp=2", None, "moe.shared_expert_ffn_hidden_size=33", "use 32 or 34"),
+    ("moe.ffn_hidden_size=33 parallel.etp=2", None, "moe.ffn_hidden_size=33", "use 32 or 34"),
+    ("model.ffn_hidden_size=33 parallel.etp=2", None, "model.ffn_hidden_size=33 (an expert's width)", "use 32 or 34"),
+    ("model.vocab_divisible_by=1 model.vocab_size=501 parallel.tp=2", None, "model.vocab_divisible_by=1", "use model.vocab_divisible_by=2"),
+    ("model.head_dim=15", None, "model.head_dim=15", "use 14 or 16"),
+    ("parallel.pp=3", None, "model.num_layers=4 is not a multiple of parallel.pp=3", "for instance [1, 2, 1]"),
+    ("parallel.pp=8", None, "model.num_layers=4 is less than the number of stages", "at most 4"),
+    ("parallel.pp=3 parallel.layers_per_stage=[2,2]", None, "parallel.layers_per_stage has 2 numbers, and there are 3 stages", "[1, 2, 1]"),
+    ("parallel.pp=3 parallel.layers_per_stage=[1,1,1]", None, "parallel.layers_per_stage=[1, 1, 1] adds up to 3", "1 layer(s) missing"),
+    ("parallel.pp=3 parallel.layers_per_stage=[2,0,2]", None, "parallel.layers_per_stage.1=0", "a whole number above 0"),
+    ("parallel.vpp=2", None, "parallel.vpp=2", "set vpp=1, or pp=2"),
+    ("data.seq_length=63 parallel.tp=2", None, "data.seq_length=63 is not a multiple of parallel.tp=2", "use 62 or 64"),
+    ("data.seq_length=512", None, "data.seq_length=512 is above model.max_position_embeddings=256", "use seq_length up to 256"),
+    ("parallel.cp=2", 2, "parallel.cp=2", "set model.backend=te"),
+    ("parallel.cp=2 model.backend=torch", 2, "parallel.cp=2", "it is torch"),
+    ("parallel.cp=2 model.backend=te data.seq_length=66", 2, "data.seq_length=66", "use 64 or 68"),
+    ("parallel.cp=2 model.backend=te data.reset_attention_mask=true", 2, "data.reset_attention_mask=true", "parallel.cp=2"),
+    # experts
+    ("parallel.ep=3", None, "moe.num_experts=4 is not a multiple of parallel.ep=3", "use ep = 1, 2 or 4"),
+    ("moe=null parallel.ep=2", None, "parallel.ep=2", "there is no moe section"),
+    ("moe=null parallel.etp=2", None, "parallel.etp=2", "there is no moe section"),
+    ("moe.layers=[]", None, "moe.layers=[]", "leave it out"),
+    ("moe.layers=[1,4]", None, "moe.layers names 4", "from 0 to 3"),
+    ("moe.layers=[1,1,2]", None, "moe.layers names 1 more than once", "once"),
+    ("moe.layers=[-1]", None, "moe.layers.0=-1", "from 0 up"),
+    # recomputation, precision, schedule, data
+    ("parallel.recompute_layers=1", None, "parallel.recompute_layers=1", "set recompute=full"),
+    ("parallel.recompute=full parallel.recompute_layers=5", None, "parallel.recompute_layers=5", "use 1 to 4"),
+    ("parallel.recompute=full parallel.recompute_modules=[mlp]", None, "parallel.recompute_modules=['mlp']", "set recompute=selective"),
+    ("parallel.recompute=selective parallel.recompute_modules=[]", None, "parallel.recompute_modules=[]", "recompute=none"),
+    ("parallel.recompute=selective parallel.recompute_modules=[mlp,mlp]", None, "parallel.recompute_modules=['mlp', 'mlp']", "twice"),
+    ("parallel.recompute=selective parallel.recompute_modules=[moe] moe=null", None, "parallel.recompute_modules names moe", "no moe section"),
+    ("parallel.recompute=selective parallel.recompute_modules=[shared_experts]", None, "parallel.recompute_modules names shared", "moe.shared_expert_ffn"),
+    ("megatron.fp8=hybrid", None, "megatron.fp8=hybrid", "set model.backend=te"),
+    ("megatron.fp8=hybrid model.backend=te train.precision=fp32", None, "megatron.fp8=hybrid", "set train.precision=bf16"),
+    ("optim.warmup_steps=10", None, "optim.warmup_steps=10", "use 0 to 9"),
+    ("optim.schedule=constant optim.decay_steps=5", None, "optim.decay_steps=5", "does not decay"),
+    ("optim.schedule=wsd optim.decay_steps=8 optim.warmup_steps=4", None, "optim.decay_steps=8", "up to 6"),
+    ("optim.decay_steps=4 optim.warmup_steps=4", None, "optim.decay_steps=4", "use 5 or more"),
+    ("train.stop_at_step=11", None, "train.stop_at_step=11", "up to 10"),
+    ("data.mock=false", None, "data.train is empty", "data.mock=true"),
+    ("data.train=x", None, "data.mock=true", "data.train=[]"),
+    ("data.valid={a: []}", None, "data.valid.a names no dataset", "leave it out"),
+    ("data.mock=false data.train=x train.eval_every=5", None, "train.eval_every=5", "data.valid.held_out"),
+    # overrides themselves
+    ("model.num_layers", None, "model.num_layers: an override is section.field=value", ""),
+    ("=3", None, "=3: an override is section.field=value", ""),
+    ("model.num_layers=", None, "model.num_layers=: there is no value", "model.num_layers=null"),
+    ("train.steps.x=3", None, "train.steps.x=3: train.steps is a whole number (10), not a section", "set train.steps as a whole"),
+    ("moe.layers=[1,", None, "command line: not readable as YAML", "moe.layers=[1,"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "world_size", "start", "advice"), WRONG, ids=[case[0] for case in WRONG])
+def test_wrong_setting(base, overrides, world_size, start, advice):
+    parts = re.split(r" (?=[a-z_.]+=)", overrides)
+    problems = problems_of([base], parts, world_size)
+    assert len(problems) == 1, problems
+    assert problems[0].startswith(start) and advice in problems[0], problems
+
+
+@pytest.mark.parametrize(("content", "expected"), [
+    (b"", "the file is empty"),
+    (b"# only a comment\n", "the file is empty"),
+    (b"- a\n- b\n", "the file holds a list, not sections"),
+    (b"hello\n", "the file holds text"),
+    (b"model: {num_layers: \xff}\n", "not a text file in UTF-8 (byte 20 is 0xff)"),
+    (b"model: {num_layers: 4\ntrain: 3\n", "not readable as YAML"),
+    (b"model: {num_layers: 4, num_layers: 5}\n", "1: model.num_layers is set twice"),
+    (BASE.replace("steps: 10", "steps: 010").encode(), "4: train.steps=010"),
+    (BASE.replace("steps: 10", "stepz: 10").encode(), "4): there is no such setting; did you mean train.steps?"),
+    (b"model.num_layers: 4\n" + BASE.encode(), "in a file a section is nested; write model: and below it, indented, num_layers:"),
+    (BASE.replace("train: {steps: 10, global_batch_size: 8}", "").encode(), "train is not set, and it is required: a section with at least steps, global_batch"),
+    (BASE.replace("hidden_size: 64, ", "").encode(), "model.hidden_size is not set, and it is required: a whole number above 0"),
+])
+def test_wrong_file(tmp_path, content, expected):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    problems = problems_of([str(path)])
+    assert any(expected in problem and ("x.yaml" in problem or "required" in problem) for problem in problems), problems
+
+
+def test_missing_file_and_folder(tmp_path, base):
+    (tmp_path / "tiny.yaml").write_text(BASE)
+    assert f"did you mean {tmp_path / 'tiny.yaml'}?" in problems_of([str(tmp_path / "tyni.yaml")])[0]
+    assert "this is a folder" in problems_of([str(tmp_path)])[0]
+    assert "at least one --config" in problems_of([])[0]
+    both = problems_of([str(tmp_path / "a"), base, str(tmp_path / "b")], ["c"])
+    assert [problem.split(":")[0] for problem in both] == [str(tmp_path / "a"), str(tmp_path / "b"), "c"]
+
+
+def test_all_problems_are_reported_at_once(base):
+    """Names, types, rules inside a section, rules between sections and passed-through fields, in one go."""
+    wrong = ["model.num_layer=3", "optim.lr=abc", "optim.warmup_steps=10", "parallel.tp=8", "moe.layers=[9]", "data.seq_length=1000",
+             "megatron.nonsense_field=1", "train.stop_at_step=99", "checkpoint.keep=0"]
+    keys = ["model.num_layer=", "optim.lr=", "optim.warmup_steps=", "world size 6", "model.num_attention_heads=4", "moe.layers names 9",
+            "data.seq_length=1000", "megatron.nonsense_field=1", "train.stop_at_step=99", "checkpoint.keep=0"]
+    text = "\n".join(problems_of([base], wrong, 6))
+    assert [key for key in keys if key not in text] == ["moe.layers names 9"]  # it is compared with num_layers, which may be the mistyped num_layer
+
+
+def test_one_mistake_is_one_line(base):
+    """A rule is not applied to a value that already has a problem: tp=four does not make the batch size wrong as well."""
+    assert len(problems_of([base], ["parallel.tp=four", "train.global_batch_size=3"], 4)) == 1
+    assert len(problems_of([base], ["moe.topk=9", "parallel.ep=3"])) == 1
+    assert len(problems_of([base], ["train.step=0"])) == 1
+    assert len(problems_of([base], ["parallel=3", "train.global_batch_size=3"], 4)) == 1
+
+
+def test_where_a_value_was_set_is_said(base, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("# a comment\noptim:\n  lr: fast\ntrain:\n  steps: 0\n")
+    problems = problems_of([base, str(other)], ["train.seed=x"])
+    assert [problem.split("(")[1].split(")")[0] for problem in problems] == [f"{other}:3", f"{other}:5", "command line"]
+
+
+ODD_VALUES = ["null", "true", "-1", "0", "1.5", "some text", "[]", "[1, {a: b}]", "{}", "{a: {b: 1}}", "9999999999999999"]
+
+
+@pytest.mark.parametrize("name", [*(setting.name for setting in settings()), *section_names()])
+def test_no_value_of_any_setting_causes_anything_but_a_configuration_error(base, name):
+    refused = 0
+    for value in ODD_VALUES:
+        try:
+            load_config([base], [f"{name}={value}"], 4)
+        except ConfigError as error:
+            refused += 1
+            assert error.problems and all(len(problem) < 700 and "pydantic" not in problem for problem in error.problems)
+    assert refused >= 4

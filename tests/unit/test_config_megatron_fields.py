@@ -1,0 +1,62 @@
+"""The `megatron:` section against the dataclasses of whichever megatron-core is installed."""
+
+import dataclasses
+
+import pytest
+
+from megatron_skywork.config.megatron_fields import DECIDED_ELSEWHERE, FIXED, megatron_enums, megatron_fields, megatron_problems
+from megatron_skywork.config.schema import Config
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({"window_sise": [1, 1]}, "megatron.window_sise=[1, 1]: megatron-core's TransformerConfig has no such field; did you mean megatron.window_size?"),
+    ({"hidden_sise": 1}, "did you mean model.hidden_size?"),
+    ({"qqqqqqqqqq": 1}, "its fields are listed in"),
+    ({"hidden_size": 1}, "megatron.hidden_size=1: set model.hidden_size instead"),
+    ({"expert_tensor_parallel_size": 2}, "set parallel.etp instead"),
+    ({"bf16": True}, "set train.precision instead"),
+    ({"normalization": "LayerNorm"}, "every model here has RMSNorm"),
+    ({"init_method": "x"}, "takes a Python object"),
+    ({"softmax_scale": "x"}, 'megatron.softmax_scale="x": this must be a number or null'),
+    ({"softmax_scale": True}, "this must be a number or null"),
+    ({"softmax_scale": float("inf")}, "this must be a number or null"),
+    ({"deterministic_mode": 1}, "this must be true or false"),
+    ({"wgrad_deferral_limit": 1.5}, "this must be a whole number"),
+    ({"softmax_type": "off"}, "this must be one of vanilla, off-by-one, learnable"),
+    ({"window_size": [1]}, "this must be a list of 2, each item a whole number or null"),
+    ({"attention_backend": "flsh"}, "this must be one of flash, fused, unfused, local, auto"),
+    ({"_cpu_offloading_context": 1}, "no such field"),
+])
+def test_what_is_refused(given, expected):
+    problems = list(megatron_problems(given))
+    assert len(problems) == 1 and expected in problems[0], problems
+
+
+def test_what_passes():
+    fine = {"softmax_scale": 1, "window_size": [8, 0], "deterministic_mode": True, "softmax_type": "off-by-one", "attention_backend": "flash",
+            "moe_router_dtype": "fp32", "cp_comm_type": ["p2p", "a2a"], "moe_input_jitter_eps": None, "wgrad_deferral_limit": 2, "no_rope_freq": 4}
+    assert list(megatron_problems(fine)) == []
+
+
+def test_all_problems_at_once():
+    assert len(list(megatron_problems({"hidden_size": 1, "nonsense_here": 2, "softmax_scale": "x", "window_size": None}))) == 3
+
+
+def test_the_names_are_those_of_the_real_dataclass():
+    """What was read from source text equals what Python sees after importing it."""
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    real = {field.name for field in dataclasses.fields(TransformerConfig) if not field.name.startswith("_")}
+    assert set(megatron_fields()) == real
+    assert megatron_enums()["AttnBackend"] == [member.name for member in AttnBackend]
+    # The table of decided fields must follow both supported versions: an entry that exists in neither would be a typo here.
+    assert len([name for name in {**DECIDED_ELSEWHERE, **FIXED} if name not in real]) <= 3
+
+
+def test_what_is_named_instead_exists():
+    for target in set(DECIDED_ELSEWHERE.values()):
+        section, name = target.split(" ")[0].split("=")[0].split(".")
+        annotation = Config.model_fields[section].annotation
+        inner = getattr(annotation, "model_fields", None) or annotation.__args__[0].model_fields
+        assert name in inner, target
