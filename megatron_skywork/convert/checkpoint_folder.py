@@ -31,8 +31,10 @@ CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
 MANIFEST = "manifest.json"
 HF_FOLDER = "hf"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-                   "chat_template.json")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
 
 
@@ -134,7 +136,8 @@ def versions() -> dict[str, str]:
 def layout_summary(model: Model, moe: Moe | None) -> dict[str, Any]:
     """Shape of a model in a few numbers, for people and manifests."""
     summary: dict[str, Any] = {
-        "layers": model.num_layers, "hidden": model.hidden_size, "ffn": model.ffn_hidden_size, "heads": model.num_attention_heads, "query_groups": model.resolved_query_groups,
+        "layers": model.num_layers, "hidden": model.hidden_size, "ffn": model.ffn_hidden_size,
+        "heads": model.num_attention_heads, "query_groups": model.resolved_query_groups,
         "vocabulary": model.vocab_size, "padded_vocabulary": model.padded_vocab_size, "tied_embeddings": model.tie_embeddings,
     }  # fmt: skip
     if moe is not None:

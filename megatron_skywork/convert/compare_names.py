@@ -41,12 +41,17 @@ def check_ours(reader: DistributedReader, model: Model, moe: Moe | None) -> None
 def _check_tied(reader: HfReader) -> None:
     """Some writers store a tied output layer too. It must be the embedding, or the model is not tied."""
     if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
-        raise CheckpointError(f"{reader.folder}: tie_word_embeddings is true, and lm_head.weight differs from model.embed_tokens.weight; set it to false in config.json, or remove lm_head.weight")
+        raise CheckpointError(
+            f"{reader.folder}: tie_word_embeddings is true, and lm_head.weight differs from model.embed_tokens.weight; "
+            "set it to false in config.json, or remove lm_head.weight"
+        )
 
 
 def _compare(where: str, expected: dict[str, Shape], found: dict[str, TensorInfo]) -> None:
     problems = [f"{name}: missing, shape {shape} expected" for name, shape in expected.items() if name not in found]
-    problems += [f"{name}: left over, shape {info.shape}; the model described by the config has no place for it" for name, info in found.items() if name not in expected]
+    problems += [
+        f"{name}: left over, shape {info.shape}; the model described by the config has no place for it" for name, info in found.items() if name not in expected
+    ]
     for name, shape in expected.items():
         info = found.get(name)
         if info is not None and info.shape != shape:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_skywork.config.schema import Model, Moe
+from megatron_skywork.config.schema import Moe
 from megatron_skywork.config.yaml_strict import read_yaml
 from megatron_skywork.convert.checkpoint_folder import CONFIG_FILE, HF_FOLDER, TOKENIZER_FILES, carry_files, count_parameters, describe, layout_summary, step_of
 from megatron_skywork.convert.compare_names import check_ours, dtype_name, main_dtype
@@ -41,7 +41,8 @@ def export_hf(
 
     Args:
         family: auto, or a Hugging Face model type that can hold the model.
-        dtype: auto keeps every tensor as it is stored; bf16, fp16, fp32 casts all but a router kept in fp32, whose precision decides which expert a token goes to.
+        dtype: auto keeps every tensor as it is stored; bf16, fp16, fp32 casts all but a router that is stored in fp32,
+            whose precision decides which expert a token goes to.
         tokenizer: folder with tokenizer files; by default the checkpoint's own, or those its config.yaml names.
 
     Returns:

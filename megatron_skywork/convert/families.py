@@ -91,7 +91,9 @@ def read_config(config: dict[str, Any], where: str = "config.json") -> Descripti
     _refuse_unsupported(keys, family)
     moe = _moe(keys, family) if family in SPARSE else None
     if keys.problems:
-        raise CheckpointError(f"{where}: this model cannot be converted without changing what it computes:\n" + "\n".join("  " + line for line in keys.problems))
+        raise CheckpointError(
+            f"{where}: this model cannot be converted without changing what it computes:\n" + "\n".join("  " + line for line in keys.problems)
+        )
     try:
         sections = Model(**model), None if moe is None else Moe(**moe)
     except ValidationError as error:
@@ -129,11 +131,14 @@ def _rope_theta(keys: _Keys, family: str) -> float:
 
 
 def _positions(keys: _Keys, family: str, notes: list[str]) -> int:
-    positions = keys.need("max_position_embeddings")
+    positions: int = keys.need("max_position_embeddings")
     window = keys.config.get("sliding_window")
-    used = window is not None and (family in ("mistral", "mixtral") or keys.config.get("use_sliding_window"))
-    if used and window < positions:
-        notes.append(f"sliding_window={window}: attention here is full, which is the same up to {window} tokens; max_position_embeddings is set to {window} instead of {positions}")
+    used = family in ("mistral", "mixtral") or bool(keys.config.get("use_sliding_window"))
+    if window is not None and used and window < positions:
+        notes.append(
+            f"sliding_window={window}: attention here is full, which is the same up to {window} tokens; "
+            f"max_position_embeddings is set to {window} instead of {positions}"
+        )
         return window
     return positions
 
@@ -165,7 +170,11 @@ def _moe(keys: _Keys, family: str) -> dict[str, Any]:
         moe["gate_norm_unbiased"] = bool(keys.get("moe_gate_norm_unbiased", True))
         if keys.config.get("moe_gate_norm_eps") is not None:
             moe["gate_norm_epsilon"] = float(keys.config["moe_gate_norm_eps"]) or 1e-20
-    for ours, theirs in (("layers", "moe_layer_indices"), ("shared_expert_ffn_hidden_size", "shared_expert_intermediate_size"), ("ffn_hidden_size", "moe_intermediate_size")):
+    for ours, theirs in (
+        ("layers", "moe_layer_indices"),
+        ("shared_expert_ffn_hidden_size", "shared_expert_intermediate_size"),
+        ("ffn_hidden_size", "moe_intermediate_size"),
+    ):
         if keys.config.get(theirs) is not None:
             moe[ours] = keys.config[theirs]
     return moe

@@ -1,6 +1,7 @@
 """Hugging Face weight folders, tensor by tensor: safetensors (one file, or shards with an index) and `.bin` shards; and a streaming safetensors writer.
 
-Reading executes nothing: safetensors has no code in it, and `.bin` files go through torch's `weights_only` reader. File names in an index stay inside the folder.
+Reading executes nothing: safetensors has no code in it, and `.bin` files go through torch's `weights_only` reader.
+File names in an index stay inside the folder.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from megatron_skywork.convert.marker import inside
 from megatron_skywork.convert.mcore_files import TensorInfo
 from megatron_skywork.errors import CheckpointError
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8,
-                      "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _NAMES_OF_DTYPES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 4 << 30
 _SINGLE = (("model.safetensors", True), ("pytorch_model.bin", False))
@@ -158,7 +161,9 @@ class HfWriter:
         progress: called with the number of bytes after each write.
     """
 
-    def __init__(self, folder: Path, plan: Iterable[tuple[str, Shape, torch.dtype]], shard_bytes: int = SHARD_BYTES, progress: Callable[[int], None] | None = None):
+    def __init__(
+        self, folder: Path, plan: Iterable[tuple[str, Shape, torch.dtype]], shard_bytes: int = SHARD_BYTES, progress: Callable[[int], None] | None = None
+    ):
         self.folder = folder
         self._progress = progress or (lambda count: None)
         self._shards: list[list[tuple[str, Shape, torch.dtype]]] = [[]]
@@ -185,7 +190,7 @@ class HfWriter:
         if (expected, shape, dtype) != (name, tuple(tensor.shape), tensor.dtype):
             raise ValueError(f"the plan has {expected} {shape} {dtype} here, not {name} {tuple(tensor.shape)} {tensor.dtype}")
         content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        self._file.write(memoryview(content))
+        self._file.write(content.data)
         self._progress(content.nbytes)
 
     def _next_shard(self) -> None:

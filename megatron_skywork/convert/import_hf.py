@@ -63,7 +63,9 @@ def as_they_are(weight: Weight, pieces: Sequence[Piece], tensors: list[torch.Ten
     return [block] * len(pieces)
 
 
-def write_weights(writer: DistributedWriter, model: Model, moe: Moe | None, read: Callable[[str], torch.Tensor | None], rename: Callable[[str], str], make: Make = as_they_are) -> None:
+def write_weights(
+    writer: DistributedWriter, model: Model, moe: Moe | None, read: Callable[[str], torch.Tensor | None], rename: Callable[[str], str], make: Make = as_they_are
+) -> None:
     """Write every weight of a model. Each source tensor is read once for each of our tensors, however many boxes it fills.
 
     Args:
@@ -111,7 +113,10 @@ def finish_folder(folder: Path, source: Source, model: Model, moe: Moe | None, w
     manifest = {
         "kind": "weights",
         "method": method,
-        "source": {"family": source.description.family, "files": {path.name: sha256_of(path) for path in [source.folder / "config.json", *source.reader.files]}},
+        "source": {
+            "family": source.description.family,
+            "files": {path.name: sha256_of(path) for path in [source.folder / "config.json", *source.reader.files]},
+        },
         "layout": layout_summary(model, moe),
         "parameters": count_parameters(model, moe),
         "dtype": dtype_name(source.dtype),
@@ -139,4 +144,10 @@ def import_hf(folder: Path | str, out: Path | str, overwrite: bool = False, prog
         write_weights(writer, model, moe, source.reader.read, rename=lambda name: name)
         finish_folder(staged, source, model, moe, writer, {"name": "import"})
         bar.close()
-    return {"family": source.description.family, "layout": layout_summary(model, moe), "parameters": count_parameters(model, moe), "notes": source.description.notes, "bytes": bar.done_bytes}
+    return {
+        "family": source.description.family,
+        "layout": layout_summary(model, moe),
+        "parameters": count_parameters(model, moe),
+        "notes": source.description.notes,
+        "bytes": bar.done_bytes,
+    }

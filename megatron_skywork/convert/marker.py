@@ -44,7 +44,9 @@ def check_marker(folder: Path | str) -> dict[str, int]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     if not is_complete(folder):
-        raise CheckpointError(f"{folder}: no {MARKER}, so this folder was never finished (the marker is written last); use another checkpoint, or write this one again")
+        raise CheckpointError(
+            f"{folder}: no {MARKER}, so this folder was never finished (the marker is written last); use another checkpoint, or write this one again"
+        )
     try:
         sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
 """megatron-core's distributed checkpoints (`torch_dist`), written and read box by box in one process, without megatron-core and without process groups.
 
-What is written is what `dist_checkpointing.save` writes: tensors as torch.save records one after another in `__0_I.distcp` files, their places in the pickled
-`.metadata`, `metadata.json` and `common.pt` beside them. A box (chunk) may be any part of a tensor; whoever loads, under any layout, reads the boxes that overlap
-with what it wants. Only the weights are ever handed out; optimizer state in a training checkpoint is left alone.
+What is written is what `dist_checkpointing.save` writes: tensors as torch.save records one after another in `__0_I.distcp` files, their places in
+the pickled `.metadata`, `metadata.json` and `common.pt` beside them. A box (chunk) may be any part of a tensor; whoever loads, under any layout, reads
+the boxes that overlap with what it wants. Only the weights are ever handed out; optimizer state in a training checkpoint is left alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megatron_skywork.convert.layouts import Shape, numel
 from megatron_skywork.convert.marker import check_marker
@@ -188,6 +196,8 @@ class DistributedReader:
             return self._cached[1]
         stored = read_object(self.folder / place.relative_path, place.offset, place.length)
         if not isinstance(stored, torch.Tensor) or tuple(stored.shape) != tuple(chunk.sizes) or stored.dtype != dtype:
-            raise CheckpointError(f"{self.folder / place.relative_path}: {key} at {tuple(chunk.offsets)} is not the tensor its index describes; the file is damaged")
+            raise CheckpointError(
+                f"{self.folder / place.relative_path}: {key} at {tuple(chunk.offsets)} is not the tensor its index describes; the file is damaged"
+            )
         self._cached = (place, stored)
         return stored

@@ -27,7 +27,8 @@ BACKEND = "metadata.json"
 _ENUMS: tuple[type[Enum], ...] = (metadata._MEM_FORMAT_ENCODING, planner.WriteItemType, planner.LoadItemType)
 _RECORDS: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.metadata": (
-        "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+        "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "StorageMeta",
+        "_MEM_FORMAT_ENCODING"),
     "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "LoadItemType", "TensorWriteData", "BytesIOWriteData"),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
 }  # fmt: skip
@@ -96,7 +97,9 @@ def read_metadata(folder: Path | str) -> Metadata:
     try:
         index = _Unpickler(io.BytesIO(path.read_bytes())).load()
     except RefusedPickle as error:
-        raise CheckpointError(f"{path}: names {error}, which no checkpoint index needs; it was not run. Do not use this checkpoint unless you trust who made it") from error
+        raise CheckpointError(
+            f"{path}: names {error}, which no checkpoint index needs; it was not run. Do not use this checkpoint unless you trust who made it"
+        ) from error
     except Exception as error:  # a damaged pickle raises almost anything; all of it means the same to the reader
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error}); the file is damaged") from error
     _check_index(folder, index)

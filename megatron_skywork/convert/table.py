@@ -152,7 +152,7 @@ def extra_states(model: Model, moe: Moe | None) -> Iterator[str]:
     """Keys of the `_extra_state` objects megatron-core expects beside the weights, with their shard numbers (`/shard_I_N`)."""
     sparse = moe_layers(model, moe)
     for layer in range(model.num_layers):
-        single = EXTRA_STATE_ATTENTION
+        single: tuple[str, ...] = EXTRA_STATE_ATTENTION
         if layer not in sparse:
             single += EXTRA_STATE_DENSE
         elif moe is not None:

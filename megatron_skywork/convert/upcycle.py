@@ -1,8 +1,8 @@
 """Upcycling: a dense checkpoint becomes a mixture of experts.
 
-Copy (Skywork-MoE report, section 3, after Komatsuzaki et al., arXiv 2212.05055): every chosen layer's feed-forward is copied into all experts, the router is new,
-normal(0, router_init_std). Experts are equal and the weights of the chosen ones sum to 1, so at step 0 the mixture computes exactly what the dense model computes,
-whatever the router says. Copy with noise adds normal(0, noise * std of the tensor) to each expert, which breaks that equality on purpose.
+Copy (Skywork-MoE report, section 3, after Komatsuzaki et al., arXiv 2212.05055): every chosen layer's feed-forward is copied into all experts, the router
+is new, normal(0, router_init_std). Experts are equal and the weights of the chosen ones sum to 1, so at step 0 the mixture computes exactly what the dense
+model computes, whatever the router says. Copy with noise adds normal(0, noise * std of the tensor) to each expert, which breaks that equality on purpose.
 
 Every random number depends on (seed, tensor, layer, expert) alone, so the result is the same whatever the order or the number of workers.
 """
@@ -93,15 +93,21 @@ def plan(dense: Path | str, out: Path | str, options: UpcycleOptions) -> dict[st
     source = open_source(dense)
     model, moe = _sections(source, options)
     needed = weight_bytes(model, moe, source.dtype)
+    free = check_space(Path(out), 0)
     return {
         "family": source.description.family, "dtype": dtype_name(source.dtype), "exact": options.exact, "layout": layout_summary(model, moe),
-        "dense_parameters": count_parameters(model, None)["total"], "parameters": count_parameters(model, moe), "bytes": needed, "free_bytes": check_space(Path(out), 0),
-        "fits": needed <= check_space(Path(out), 0), "notes": source.description.notes,
+        "dense_parameters": count_parameters(model, None)["total"], "parameters": count_parameters(model, moe), "bytes": needed, "free_bytes": free,
+        "fits": needed <= free, "notes": source.description.notes,
     }  # fmt: skip
 
 
 def upcycle(
-    dense: Path | str, out: Path | str, options: UpcycleOptions, overwrite: bool = False, progress: TextIO | None = None, accept: Callable[[Path], dict[str, Any]] | None = None
+    dense: Path | str,
+    out: Path | str,
+    options: UpcycleOptions,
+    overwrite: bool = False,
+    progress: TextIO | None = None,
+    accept: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write a mixture of experts made from a dense Hugging Face folder.
 
@@ -129,14 +135,17 @@ def upcycle(
         seconds = bar.close()
         verified = {"verify": accept(staged)} if accept is not None else {}
     return {
-        "out": str(out), "layout": layout_summary(model, moe), "parameters": count_parameters(model, moe), "bytes": bar.done_bytes, "seconds": round(seconds, 3),
-        "exact": options.exact, "notes": source.description.notes, **verified,
+        "out": str(out), "layout": layout_summary(model, moe), "parameters": count_parameters(model, moe), "bytes": bar.done_bytes,
+        "seconds": round(seconds, 3), "exact": options.exact, "notes": source.description.notes, **verified,
     }  # fmt: skip
 
 
 def _sections(source: Source, options: UpcycleOptions) -> tuple[Model, Moe]:
     if source.description.moe is not None:
-        raise CheckpointError(f"{source.folder}: is a mixture of experts already; upcycling starts from a dense model (tools/convert_checkpoint.py import takes this one as it is)")
+        raise CheckpointError(
+            f"{source.folder}: is a mixture of experts already; upcycling starts from a dense model "
+            "(tools/convert_checkpoint.py import takes this one as it is)"
+        )
     return source.description.model, moe_section(source.description.model, options)
 
 
@@ -156,7 +165,11 @@ class _Maker:
         options = self._options
         if weight.kind == "router":
             shape = weight.layout.whole
-            return [torch.empty(shape).normal_(0.0, options.router_init_std, generator=_generator(options.seed, weight.ours, 0))] if options.router_init_std else [torch.zeros(shape)]
+            return (
+                [torch.empty(shape).normal_(0.0, options.router_init_std, generator=_generator(options.seed, weight.ours, 0))]
+                if options.router_init_std
+                else [torch.zeros(shape)]
+            )
         if weight.kind.startswith("expert_") and not options.exact:
             block = weight.layout.pack(pieces[0], tensors)
             return (self._noisy(block, weight.ours, piece) for piece in pieces)
