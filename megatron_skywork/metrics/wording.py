@@ -16,13 +16,15 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`8 s`, `2m`, `1h 04m`, `3d 02h`: two units at most, because nobody plans by the second an hour ahead."""
+    """`8.1 s`, `2m 46s`, `1h 04m`, `3d 02h`: two units at most, because nobody plans by the second an hour ahead."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 10:
         return f"{seconds:.2g} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds) // 60}m {int(seconds) % 60:02d}s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes}m"

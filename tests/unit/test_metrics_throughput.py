@@ -66,6 +66,14 @@ def test_phases_add_up_synchronize_and_survive_an_exception(monkeypatch: pytest.
 
 
 def test_wording():
-    assert [wording.duration(value) for value in (0.81, 45, 120, 3840, 266400, float("inf"))] == ["0.81 s", "45 s", "2m", "1h 04m", "3d 02h", "?"]
+    assert [wording.duration(value) for value in (0.81, 45, 166, 1200, 3840, 266400, float("inf"))] == [
+        "0.81 s",
+        "45 s",
+        "2m 46s",
+        "20m",
+        "1h 04m",
+        "3d 02h",
+        "?",
+    ]
     assert [wording.count(value) for value in (512, 373.1e6, 146.36e9)] == ["512", "373.1 M", "146.4 B"]
     assert [wording.percent(value) for value in (0, 0.0042, 0.0123, 0.346)] == ["0 %", "0.42 %", "1.23 %", "34.6 %"]

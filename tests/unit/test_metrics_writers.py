@@ -156,7 +156,7 @@ def console(stream: io.StringIO, *, steps: list[int]) -> str:
 def test_console_lines():
     lines = console(io.StringIO(), steps=[11, 12]).splitlines()
     assert lines[0] == "parameters 373.1 M (195 M active)  ranks 2  device cpu"
-    assert lines[2] == "step 12/200  loss 2.3450  grad 1.23  lr 3.0e-04  drop 1.2 %  1,234 tok/s  0.81 s  eta 3m"
+    assert lines[2] == "step 12/200  loss 2.3450  grad 1.23  lr 3.0e-04  drop 1.2 %  1,234 tok/s  0.81 s  eta 3m 08s"
     assert lines[3:] == ["evaluation at step 12  valid 2.5000  code none", "save at step 12  seconds=2"]
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
 
