@@ -162,7 +162,7 @@ def test_wrong_setting(base, overrides, world_size, start, advice):
     (BASE.replace("steps: 10", "steps: 010").encode(), "4: train.steps=010"),
     (BASE.replace("steps: 10", "stepz: 10").encode(), "4): there is no such setting; did you mean train.steps?"),
     (b"model.num_layers: 4\n" + BASE.encode(), "in a file a section is nested; write model: and below it, indented, num_layers:"),
-    (BASE.replace("train: {steps: 10, global_batch_size: 8}", "").encode(), "train is not set, and it is required: a section with at least steps, global_batch"),
+    (BASE.replace("train: {steps: 10, global_batch_size: 8}", "").encode(), "train is not set, and it is required: a section with at least steps, global"),
     (BASE.replace("hidden_size: 64, ", "").encode(), "model.hidden_size is not set, and it is required: a whole number above 0"),
 ])
 def test_wrong_file(tmp_path, content, expected):
