@@ -1,0 +1,82 @@
+"""Build this rank's model chunks: megatron-core's GPTModel for every pipeline stage, in half precision where asked, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+
+from megatron_skywork import device
+from megatron_skywork.config.schema import Config
+from megatron_skywork.model.layer_spec import block_spec
+from megatron_skywork.model.transformer_config import choose_backend, transformer_config
+from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
+
+
+def build_chunks(config: Config, transformer: SkyworkTransformerConfig | None = None) -> list[GPTModel]:
+    """This rank's GPTModels, one per virtual stage, on this rank's device, with fresh weights.
+
+    Args:
+        transformer: built already; otherwise made from `config`.
+    """
+    backend = choose_backend(config)
+    transformer = transformer or transformer_config(config, backend)
+    return [_chunk(config, transformer, backend, stage) for stage in _virtual_stages(config)]
+
+
+def _virtual_stages(config: Config) -> Iterator[int | None]:
+    yield from range(config.parallel.vpp) if config.parallel.vpp > 1 else [None]
+
+
+def _chunk(config: Config, transformer: SkyworkTransformerConfig, backend: str, vp_stage: int | None) -> GPTModel:
+    pp_rank, pp_size = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
+    is_first = pp_rank == 0 and vp_stage in (None, 0)
+    is_last = pp_rank == pp_size - 1 and vp_stage in (None, config.parallel.vpp - 1)
+    with warnings.catch_warnings():
+        # megatron-core 0.19 announces a successor of GPTModel; this file is the only one that would change.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        chunk = GPTModel(
+            transformer,
+            block_spec(transformer, backend, config.moe_layers, vp_stage, pp_rank),
+            vocab_size=config.model.padded_vocab_size,
+            max_sequence_length=config.model.max_position_embeddings,
+            pre_process=is_first,
+            post_process=is_last,
+            share_embeddings_and_output_weights=config.model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=config.model.rope_theta,
+            vp_stage=vp_stage,
+        )
+    return chunk.to(device.current())
+
+
+def wrap_for_training(config: Config, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+    """Half precision and data parallelism around each chunk. Gradients are kept and reduced in fp32."""
+    transformer = chunks[0].config
+    data_parallel = DistributedDataParallelConfig(
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.parallel.overlap,
+        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
+    )
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        module: torch.nn.Module = Float16Module(transformer, chunk) if config.train.precision != "fp32" else chunk
+        # Later virtual stages are reduced in one piece: their gradients become ready together, and bucketing them would only cut the messages up.
+        wrapped.append(DistributedDataParallel(transformer, data_parallel, module, disable_bucketing=number > 0))
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def unwrap(chunk: Any) -> GPTModel:
+    """The GPTModel inside its wrappers. Checkpoint keys are taken here: one level higher every key would begin with `module.`."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -1,0 +1,105 @@
+"""Process groups: start torch.distributed, hand the layout to megatron-core, seed every rank, and end it all in order."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_skywork import device
+from megatron_skywork.config.schema import Config, Parallel
+
+GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where this process stands in the layout."""
+
+    rank: int
+    world_size: int
+    tp: int
+    pp: int
+    dp: int
+    dp_size: int
+    ep: int
+    etp: int
+    cp: int
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank == 0
+
+
+def start(config: Config) -> Coordinates:
+    """Join the job that torchrun (or SLURM) started and build every group. A process started by hand is a job of one.
+
+    Returns:
+        This rank's coordinates.
+    """
+    device.select(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        if "RANK" in os.environ:
+            torch.distributed.init_process_group(device.backend(), timeout=GROUP_TIMEOUT)
+        else:
+            store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+            torch.distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+    build_groups(config.parallel)
+    seed_everything(config.train.seed)
+    return coordinates()
+
+
+def build_groups(parallel: Parallel) -> None:
+    """megatron-core's groups for this layout. Expert tensor parallelism is always passed: left unset megatron-core would take tp."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
+        create_gloo_process_groups=False,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, then megatron-core's generators per pipeline, tensor and expert rank."""
+    import random
+
+    import numpy
+
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def coordinates() -> Coordinates:
+    """This rank's place in the groups that exist."""
+    return Coordinates(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
+    )
+
+
+def token_group() -> torch.distributed.ProcessGroup:
+    """The ranks that see different tokens of the same layer: tensor (its sequence parts), context and data parallel."""
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+
+
+def stop() -> None:
+    """Leave the groups, so that another layout can be built in this process."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
