@@ -26,6 +26,7 @@ from megatron_skywork.errors import UserError
 
 TAIL_LINES = 40
 SAMPLE_SECONDS = 2.0
+AGENT_REPORT = "failed (exitcode:"
 
 
 class StageFailed(UserError):
@@ -155,7 +156,11 @@ class Runner:
         width = max(len(stage.name) for stage in stages)
         for number, stage in enumerate(stages, start=1):
             print(f"{number:3}/{len(stages)}  {stage.name:{width}}  {stage.says}", end="", flush=True)
-            record = self._run(stage)
+            try:
+                record = self._run(stage)
+            except StageFailed:
+                print("  FAILED", flush=True)
+                raise
             self.records.append(record)
             time_text = "(reused)" if record["reused"] else f"{record['seconds']:.1f} s"
             finding = stage.finding() if stage.finding else ""
@@ -212,9 +217,15 @@ class Runner:
                 with target.open("w") as output:
                     done = subprocess.run(command.argv, cwd=self.cwd, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=stream, check=False)
         if done.returncode not in command.allowed:
-            lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-            tail = "\n".join(f"    {line}" for line in lines)
-            raise StageFailed(f"\nstage {stage.name} failed with exit code {done.returncode}: {command}\nthe end of {log}:\n{tail}")
+            tail = "\n".join(f"    {line}" for line in last_words(log.read_text(errors="replace")))
+            raise StageFailed(f"stage {stage.name} failed with exit code {done.returncode}: {command}\nthe end of {log}:\n{tail}")
+
+
+def last_words(text: str) -> list[str]:
+    """The end of a log, without what torchrun says about itself after a rank has failed."""
+    lines = text.splitlines()
+    own = next((i for i, line in enumerate(lines) if AGENT_REPORT in line), len(lines))
+    return lines[:own][-TAIL_LINES:]
 
 
 def environment(num_processes: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import compare_runs  # noqa: E402
 import demo_text  # noqa: E402
 from megatron_skywork.errors import DataError  # noqa: E402
-from stage_runner import Command, Runner, Stage, StageFailed  # noqa: E402
+from stage_runner import Command, Runner, Stage, StageFailed, last_words  # noqa: E402
 
 
 def append(path: Path, word: str) -> Command:
@@ -67,6 +67,12 @@ def test_a_failing_stage_shows_the_end_of_its_log_and_is_not_finished(tmp_path):
             run(tmp_path, [stage])
     assert "$ sh -c" in (tmp_path / "demo/logs/bad.log").read_text()
     run(tmp_path, [Stage("bad", "says", [Command(["sh", "-c", "exit 5"], allowed=(0, 5))])])
+
+
+def test_the_end_of_a_log_is_the_rank_s_not_torchrun_s():
+    agent = "E1123 api.py:1002] failed (exitcode: 1) local_rank: 0 (pid: 7)\nTraceback\nChildFailedError"
+    assert last_words(f"a\nerror: the reason\n{agent}") == ["a", "error: the reason"]
+    assert last_words("\n".join(map(str, range(100))))[-1] == "99"
 
 
 def test_a_stage_that_makes_nothing_is_noticed(tmp_path):
