@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megatron_skywork.config.problems import nearest, shown
@@ -54,6 +55,8 @@ DECIDED_ELSEWHERE = {
     "transformer_impl": "model.backend",
     "num_moe_experts": "moe.num_experts",
     "moe_router_topk": "moe.topk",
+    "moe_router_pre_softmax": "moe.topk (on for 1)",
+    "moe_grouped_gemm": "model.backend",
     "moe_ffn_hidden_size": "moe.ffn_hidden_size",
     "moe_layer_freq": "moe.layers",
     "moe_shared_expert_intermediate_size": "moe.shared_expert_ffn_hidden_size",
@@ -66,8 +69,15 @@ DECIDED_ELSEWHERE = {
     "moe_token_dispatcher_type": "moe.dispatcher",
     "moe_token_dropping": "moe.capacity_factor",
 }
-# Part of what a LLaMA-type model is here; another value would be another architecture.
-FIXED = {"normalization": "RMSNorm", "gated_linear_unit": "true (SwiGLU)", "activation_func": "SiLU (SwiGLU)", "add_bias_linear": "false"}
+# Part of what a model or its loss is here; another value would be another architecture.
+FIXED = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": "true (SwiGLU)",
+    "activation_func": "SiLU (SwiGLU)",
+    "add_bias_linear": "false",
+    "moe_router_dtype": "fp32 (the gate is always computed in it)",
+    "calculate_per_token_loss": "true (the loss is divided once, by all tokens of the global batch)",
+}
 
 
 @lru_cache(maxsize=1)
@@ -175,6 +185,28 @@ def fits(annotation: ast.expr, value: Any) -> bool:
     if name == "float":
         return type(value) in (int, float) and abs(value) < float("inf")
     return {"int": int, "bool": bool, "str": str, "None": type(None)}.get(name) is type(value)
+
+
+def python_values(given: dict[str, Any], enums: ModuleType) -> dict[str, Any]:
+    """The checked section with the types the dataclass wants: members for names of enums, tuples where the annotation says tuple.
+
+    Args:
+        given: the `megatron:` section.
+        enums: the module `megatron.core.transformer.enums`, which only a caller that has torch can import.
+    """
+    return {name: _python_value(megatron_fields()[name], value, enums) for name, value in given.items()}
+
+
+def _python_value(annotation: ast.expr, value: Any, enums: ModuleType) -> Any:
+    name, inner = _parts(annotation)
+    if name in ("Optional", "Union"):
+        fitting = next((part for part in inner if fits(part, value)), None)
+        return value if fitting is None else _python_value(fitting, value, enums)
+    if name in ("tuple", "Tuple"):
+        return tuple(value)
+    if name in ("list", "List") and inner:
+        return [_python_value(inner[0], item, enums) for item in value]
+    return getattr(enums, name)[value] if name in megatron_enums() else value
 
 
 def _parts(annotation: ast.expr) -> tuple[str, list[ast.expr]]:

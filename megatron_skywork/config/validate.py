@@ -268,7 +268,7 @@ def _recompute(config: Config, world: int | None) -> Iterator[str]:
             yield f"parallel.recompute_layers={p.recompute_layers} is above the {most} layers of the largest stage; use 1 to {most}, or leave it out for all"
 
 
-@rule("parallel.recompute", "parallel.recompute_modules", "moe")
+@rule("parallel.recompute", "parallel.recompute_modules", "moe", "model.backend")
 def _recompute_modules(config: Config, world: int | None) -> Iterator[str]:
     p = config.parallel
     default = type(p).model_fields["recompute_modules"].get_default(call_default_factory=True)
@@ -284,6 +284,8 @@ def _recompute_modules(config: Config, world: int | None) -> Iterator[str]:
         yield f"parallel.recompute_modules names {', '.join(of_experts)}, and there is no moe section; leave out what a dense model does not have"
     if p.recompute == "selective" and config.moe is not None and "shared_experts" in of_experts and config.moe.shared_expert_ffn_hidden_size is None:
         yield "parallel.recompute_modules names shared_experts, and moe.shared_expert_ffn_hidden_size is not set; leave one out or set the other"
+    if p.recompute == "selective" and config.moe is not None and "moe_act" in of_experts and config.model.backend == "torch":
+        yield "parallel.recompute_modules names moe_act, which megatron-core has only in Transformer Engine's experts; name moe, or set model.backend=te"
 
 
 @rule("megatron", "train.precision", "model.backend")

@@ -6,8 +6,10 @@ import importlib.util
 from typing import Any
 
 import torch
+from megatron.core.transformer import enums
 
 from megatron_skywork import device
+from megatron_skywork.config.megatron_fields import python_values
 from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
@@ -41,7 +43,7 @@ def transformer_config(config: Config, backend: str) -> SkyworkTransformerConfig
     if config.moe is not None:
         fields.update(_experts(config, backend))
     try:
-        return SkyworkTransformerConfig(**{**fields, **config.megatron})
+        return SkyworkTransformerConfig(**{**fields, **python_values(config.megatron, enums)})
     except (AssertionError, ValueError) as refusal:
         raise ConfigError(f"megatron-core refuses these settings: {refusal}") from refusal
 

@@ -123,6 +123,7 @@ WRONG = [
     ("parallel.recompute=selective parallel.recompute_modules=[mlp,mlp]", None, "parallel.recompute_modules=['mlp', 'mlp']", "twice"),
     ("parallel.recompute=selective parallel.recompute_modules=[moe] moe=null", None, "parallel.recompute_modules names moe", "no moe section"),
     ("parallel.recompute=selective parallel.recompute_modules=[shared_experts]", None, "parallel.recompute_modules names shared", "moe.shared_expert_ffn"),
+    ("parallel.recompute=selective parallel.recompute_modules=[moe_act] model.backend=torch", None, "parallel.recompute_modules names moe_act", "name moe"),
     ("megatron.fp8=hybrid", None, "megatron.fp8=hybrid", "set model.backend=te"),
     ("megatron.fp8=hybrid model.backend=te train.precision=fp32", None, "megatron.fp8=hybrid", "set train.precision=bf16"),
     ("optim.warmup_steps=10", None, "optim.warmup_steps=10", "use 0 to 9"),

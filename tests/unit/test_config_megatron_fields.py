@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_skywork.config.megatron_fields import DECIDED_ELSEWHERE, FIXED, megatron_enums, megatron_fields, megatron_problems
+from megatron_skywork.config.megatron_fields import DECIDED_ELSEWHERE, FIXED, megatron_enums, megatron_fields, megatron_problems, python_values
 from megatron_skywork.config.schema import Config
 
 
@@ -16,6 +16,7 @@ from megatron_skywork.config.schema import Config
     ({"expert_tensor_parallel_size": 2}, "set parallel.etp instead"),
     ({"bf16": True}, "set train.precision instead"),
     ({"normalization": "LayerNorm"}, "every model here has RMSNorm"),
+    ({"calculate_per_token_loss": False}, "every model here has true (the loss"),
     ({"init_method": "x"}, "takes a Python object"),
     ({"softmax_scale": "x"}, 'megatron.softmax_scale="x": this must be a number or null'),
     ({"softmax_scale": True}, "this must be a number or null"),
@@ -34,8 +35,16 @@ def test_what_is_refused(given, expected):
 
 def test_what_passes():
     fine = {"softmax_scale": 1, "window_size": [8, 0], "deterministic_mode": True, "softmax_type": "off-by-one", "attention_backend": "flash",
-            "moe_router_dtype": "fp32", "cp_comm_type": ["p2p", "a2a"], "moe_input_jitter_eps": None, "wgrad_deferral_limit": 2, "no_rope_freq": 4}
+            "moe_router_num_groups": None, "cp_comm_type": ["p2p", "a2a"], "moe_input_jitter_eps": None, "wgrad_deferral_limit": 2, "no_rope_freq": 4}
     assert list(megatron_problems(fine)) == []
+
+
+def test_values_get_the_types_of_the_dataclass():
+    from megatron.core.transformer import enums
+
+    given = {"attention_backend": "local", "window_size": [8, 0], "softmax_scale": None, "cp_comm_type": ["p2p", "a2a"], "no_rope_freq": [0, 1]}
+    assert python_values(given, enums) == {
+        "attention_backend": enums.AttnBackend.local, "window_size": (8, 0), "softmax_scale": None, "cp_comm_type": ["p2p", "a2a"], "no_rope_freq": [0, 1]}
 
 
 def test_all_problems_at_once():

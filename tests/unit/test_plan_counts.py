@@ -55,6 +55,16 @@ def test_counts_of_small_models(model, moe, total, active):
     assert count.padded_total - count.total == 2 * 8 * (1 if model.get("tie_embeddings") else 2)
 
 
+@pytest.mark.parametrize("name", ["tiny.yaml", "skywork_13b.yaml", "skywork_moe_146b.yaml"])
+def test_counts_equal_the_sum_over_the_table_of_weights(name):
+    """The converter lists every tensor with its shape; the formula must come to the same number."""
+    from megatron_skywork.convert.checkpoint_folder import count_parameters as count_weights
+
+    config = load_config([str(CONFIGS / name)])
+    count = count_parameters(config)
+    assert count_weights(config.model, config.moe) == {"total": count.total, "active": count.active}
+
+
 def test_ranks_together_hold_the_model():
     """Sum over ranks, with what is replicated taken out by hand: norms on tp ranks, routers on tp * ep ranks."""
     moe = {"num_experts": 4, "layers": [1, 2, 3], "shared_expert_ffn_hidden_size": 6}
