@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _prepared = False
 
@@ -173,6 +174,9 @@ def _redirect_torch_to_cpu() -> None:
     # optimizer/optimizer.py, tensor_parallel/data.py, rope_utils.py: tensor.cuda(), module.cuda().
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    # `with torch.device("meta")` recognises factories by a set it fills on first use; filled after the lines below it would know only our wrappers,
+    # and transformers would then leave rotary frequencies uninitialized.
+    torch.utils._device._device_constructors()
     # pipeline_parallel/schedules.py, optimizer/*.py: factories with device="cuda"; dist_checkpointing/mapping.py binds torch.empty as a default.
     for factory in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "ones_like", "empty_like", "full_like"):
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
