@@ -66,7 +66,8 @@ def main() -> int:
             runs, hashes = [], set()
             for workers in dict.fromkeys((1, arguments.workers)):
                 output = str(folder / f"out{workers}")
-                result = preprocess(PreprocessOptions(inputs=[str(folder / "documents.jsonl")], tokenizer=tokenizer, output=output, workers=workers), stream=io.StringIO())
+                options = PreprocessOptions(inputs=[str(folder / "documents.jsonl")], tokenizer=tokenizer, output=output, workers=workers)
+                result = preprocess(options, stream=io.StringIO())
                 hashes.add((result.outputs[output].bin_sha256, result.outputs[output].idx_sha256))
                 runs.append({"workers": workers, "seconds": round(result.seconds, 3), "tokens": result.num_tokens,
                              "tokens_per_second": round(result.num_tokens / result.seconds), "bytes_per_second": round(num_bytes / result.seconds)})

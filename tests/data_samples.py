@@ -10,7 +10,9 @@ from typing import Any
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.preprocess import PreprocessOptions, preprocess
 
-WORDS = "the a router expert gate token layer norm loss drop learns routes keeps every some many small large 模型 训练 naïve été 1 2 3 42".split()
+WORDS = [
+    "the", "a", "router", "expert", "gate", "token", "layer", "norm", "loss", "drop", "learns", "routes", "keeps", "every", "some", "many", "small", "large",
+    "模型", "训练", "naïve", "été", "1", "2", "3", "42"]
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -63,4 +65,5 @@ def data_config(folder: Path, data: dict[str, Any], train: dict[str, Any] | None
     """A whole config around the data settings of a test."""
     model = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "vocab_size": vocab_size}
     defaults: dict[str, Any] = {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "seed": 7, "eval_samples": 10}
-    return Config.model_validate({"run_dir": str(folder / "run"), "model": model, "data": {"seq_length": 32, "num_workers": 0, **data}, "train": {**defaults, **(train or {})}})
+    sections = {"model": model, "data": {"seq_length": 32, "num_workers": 0, **data}, "train": {**defaults, **(train or {})}}
+    return Config.model_validate({"run_dir": str(folder / "run"), **sections})

@@ -73,19 +73,21 @@ def test_every_document_in_order_from_every_kind_of_file(folder: Path, tmp_path:
 
 
 def test_the_command_with_many_workers_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    """The holdout, too; and the two parts are all documents, each on one side."""
+    """The holdout, too; and the two parts are all documents, each on one side. The long file makes more blocks than are ever under way at once."""
+    docs, texts = folder / "docs" / "*", sentences(8000, seed=1)
+    long_file = write_jsonl(tmp_path / "long.jsonl", texts)
     options = {"holdout": 0.1, "seed": 5}
-    alone = run(folder, tmp_path / "one", holdout_output=str(tmp_path / "one_held"), inputs=[str(folder / "docs" / "*")], **options)
-    done = tool("--input", folder / "docs" / "a.jsonl", folder / "docs" / "[b]*", "--input", folder / "docs" / "*",
-                "--tokenizer", folder / "bpe", "--output", tmp_path / "many", "--workers", "3", "--holdout", "0.1", "--holdout-output", tmp_path / "many_held", "--seed", "5", "--json", cwd=folder)
+    alone = run(folder, tmp_path / "one", holdout_output=str(tmp_path / "one_held"), inputs=[str(docs), str(long_file)], **options)
+    done = tool("--input", folder / "docs" / "a.jsonl", folder / "docs" / "[b]*", "--input", docs, long_file, "--tokenizer", folder / "bpe", "--workers", "3",
+                "--output", tmp_path / "many", "--holdout", "0.1", "--holdout-output", tmp_path / "many_held", "--seed", "5", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert content(tmp_path / "many") == content(tmp_path / "one") and content(tmp_path / "many_held") == content(tmp_path / "one_held")
     assert summary["counts"] == alone.counts and summary["tokens"] == alone.num_tokens > 0 and summary["tokens_per_second"] > 0
     parts = documents(tmp_path / "one"), documents(tmp_path / "one_held")
-    assert 0.05 < len(parts[1]) / len(TEXTS) < 0.15
+    assert 0.08 < len(parts[1]) / len(TEXTS + texts) < 0.12
     loaded = load_tokenizer(folder / "bpe")
-    assert sorted(parts[0] + parts[1]) == sorted([*loaded.encode(text), loaded.eos_id] for text in TEXTS)
+    assert sorted(parts[0] + parts[1]) == sorted([*loaded.encode(text), loaded.eos_id] for text in TEXTS + texts)
 
 
 def test_exit_codes_and_messages_of_the_command(folder: Path, tmp_path: Path) -> None:
@@ -185,6 +187,21 @@ def test_what_cannot_be_done_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the same as --output"):
         run(folder, tmp_path / "out", holdout=0.1, holdout_output=str(tmp_path / "." / "out"), **small)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lone", "nothing.jsonl"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_a_live_line_on_a_terminal_and_plain_lines_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    monkeypatch.setattr("megatron_skywork.data.preprocess._PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_skywork.data.preprocess._LIVE_SECONDS", 0.0)
+    stream = Stream()
+    preprocess(PreprocessOptions(inputs=[str(folder / "docs" / "a.jsonl")], tokenizer=str(folder / "bpe"), output=str(tmp_path / "out")), stream=stream)
+    shown = stream.getvalue()
+    assert "500 documents" in shown and "tokens/s, a.jsonl" in shown
+    assert ("\r" in shown, "\n" in shown) == (terminal, not terminal)
 
 
 def test_copies_of_a_document_are_held_out_together(folder: Path, tmp_path: Path) -> None:

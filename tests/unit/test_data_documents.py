@@ -98,7 +98,8 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).write_text("")
     monkeypatch.chdir(tmp_path)
     assert expand_inputs(["*.jsonl"]) == ["a.jsonl", "b.jsonl", "c[1].jsonl"]
-    assert expand_inputs(["b.jsonl", str(tmp_path / "*.jsonl"), "./**/*.gz"]) == ["b.jsonl", f"{tmp_path}/a.jsonl", f"{tmp_path}/c[1].jsonl", "./deep/er/d.jsonl.gz"]
+    found = expand_inputs(["b.jsonl", str(tmp_path / "*.jsonl"), "./**/*.gz"])
+    assert found == ["b.jsonl", f"{tmp_path}/a.jsonl", f"{tmp_path}/c[1].jsonl", "./deep/er/d.jsonl.gz"]
     assert expand_inputs(["c[1].jsonl"]) == ["c[1].jsonl"]
     for pattern in ("*.txt", "missing.jsonl", "deep"):
         with pytest.raises(DataError, match="no file matches"):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from data_samples import data_config, make_bpe_folder, make_dataset, make_senten
 from torch import Tensor
 
 from megatron_skywork.config.schema import Config
-from megatron_skywork.data.datasets import build_train_dataset, build_valid_datasets
+from megatron_skywork.data.datasets import OneEpochDataset, build_train_dataset, build_valid_datasets
 from megatron_skywork.data.indexed import paths_of
 from megatron_skywork.data.loader import PADDING, MicroBatches, build_train_loader, build_valid_loaders
 from megatron_skywork.errors import DataError
@@ -223,9 +224,18 @@ def test_a_damaged_or_forbidden_cache_is_named(folder: Path, tmp_path: Path) -> 
         build_train_dataset(data_config(tmp_path, {"train": [str(folder / "a")], "cache_dir": str(tmp_path / "file")}))
 
 
-def test_many_processes_build_one_cache(folder: Path, tmp_path: Path) -> None:
-    """Forked, since what is tried is the lock, not the import."""
+def test_many_processes_build_one_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked, since what is tried is the lock, not the import. Of six processes one cuts each of the two datasets."""
     config = blend(folder, tmp_path)
+    cut = OneEpochDataset._cut
+
+    def counted(self: OneEpochDataset) -> Any:
+        time.sleep(0.1)  # long enough for the others to arrive
+        with open(tmp_path / "cuts", "a") as stream:
+            stream.write("x")
+        return cut(self)
+
+    monkeypatch.setattr(OneEpochDataset, "_cut", counted)
     children = []
     for _ in range(6):
         child = os.fork()
@@ -239,6 +249,7 @@ def test_many_processes_build_one_cache(folder: Path, tmp_path: Path) -> None:
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
     assert len(list((tmp_path / "run" / "data_cache").iterdir())) == 4
+    assert (tmp_path / "cuts").read_text() == "xx"
 
 
 def test_loader_processes_survive_the_signals_of_a_scheduler_and_end_with_the_run(folder: Path, tmp_path: Path) -> None:
@@ -262,7 +273,8 @@ def test_loader_processes_survive_the_signals_of_a_scheduler_and_end_with_the_ru
             next(loader)
         print(json.dumps(children))
     """))
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     for child in json.loads(done.stdout.splitlines()[-1]):
         with pytest.raises(ProcessLookupError):

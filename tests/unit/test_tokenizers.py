@@ -107,8 +107,10 @@ def test_what_is_no_tokenizer_is_named(bpe: Path, tmp_path: Path) -> None:
     foreign.mkdir()
     shutil.copy(bpe / "tokenizer.json", foreign)
     (foreign / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
-    expected = {"nowhere": "no such file", "empty": "holds neither", "config.json": "has no `model`", "broken.json": "not valid JSON", "odd.json": "cannot read it",
-                "broken.model": "not a sentencepiece model", "empty.model": "not a sentencepiece model", "vocab.txt": "ends in neither", "foreign": "do not belong together"}
+    expected = {
+        "nowhere": "no such file", "empty": "holds neither", "config.json": "has no `model`", "broken.json": "not valid JSON", "odd.json": "cannot read it",
+        "broken.model": "not a sentencepiece model", "empty.model": "not a sentencepiece model", "vocab.txt": "ends in neither",
+        "foreign": "do not belong together"}
     for name, reason in expected.items():
         with pytest.raises(DataError, match=reason) as caught:
             load_tokenizer(tmp_path / name)
