@@ -72,8 +72,8 @@ class JsonlWriter:
             if resume_step is None:
                 os.replace(path, _free_name(path))
             else:
-                _repair_tail(path)
-                self._header = _drop_beyond(path, resume_step)
+                self._header = _keep_up_to(path, resume_step)
+        # Line-buffered: a record is with the operating system when its call returns.
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
         if resume_step is not None:
             self._append({"kind": "event", "event": "resume", "step": resume_step, "time": time.time()})
@@ -103,7 +103,6 @@ class JsonlWriter:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(strict(record), allow_nan=False, separators=(",", ":")) + "\n")
-        self._file.flush()
 
 
 def _dotted(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -123,33 +122,22 @@ def _free_name(path: Path) -> Path:
     return candidate
 
 
-def _repair_tail(path: Path) -> None:
-    """Cut a line that was being written when its process died. A whole record that only lacks its line end gets it."""
-    with open(path, "r+b") as file:
-        content = file.read()
-        last = content[content.rfind(b"\n") + 1 :]
-        if not last:
-            return
-        if parse_line(last) is not None:
-            file.write(b"\n")
-        else:
-            file.truncate(len(content) - len(last))
+def _keep_up_to(path: Path, step: int) -> dict[str, Any] | None:
+    """Rewrite the file without what was recorded after `step` and without lines that are no records; give the header back.
 
-
-def _drop_beyond(path: Path, step: int) -> dict[str, Any] | None:
-    """Rewrite the file without what was recorded after `step`, and without lines that are no records; give the header back."""
+    A whole record whose line end was not written any more is kept, and gets it.
+    """
     header = None
     kept: list[bytes] = []
-    with open(path, "rb") as file:
-        lines = file.readlines()
-    for line in lines:
+    content = path.read_bytes()
+    for line in content.splitlines():
         record = parse_line(line)
         if record is None or (isinstance(record.get("step"), int) and record["step"] > step):
             continue
         if record.get("kind") == "header":
             header = header or record
-        kept.append(line)
-    if len(kept) < len(lines):
+        kept.append(line + b"\n")
+    if b"".join(kept) != content:
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "wb") as file:
             file.writelines(kept)

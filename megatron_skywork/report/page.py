@@ -92,7 +92,7 @@ def tiles(figures: KeyFigures, window: int) -> str:
     """The run's key figures."""
     shown: list[tuple[str, str, str]] = []
     if figures.last_loss is not None and figures.first_loss is not None:
-        which = f"mean of the first and last {window} records" if window > 1 else "first and last record"
+        which = f"mean of the first and last {window} records" if window > 1 else "first and last record" if figures.steps > 1 else ""
         shown.append(("Training loss", _from_to(figures.first_loss, figures.last_loss), which))
     for name, (first, last) in list(figures.validation.items())[:2]:
         shown.append(
@@ -112,7 +112,7 @@ def tiles(figures: KeyFigures, window: int) -> str:
 
 
 def _from_to(first: float, last: float) -> str:
-    return f"<small>{first:.3f} →</small> {last:.3f}"
+    return f"<small>{first:.3f} →</small> {last:.3f}" if first != last else f"{last:.3f}"
 
 
 def finding_list(found: Sequence[Finding]) -> str:

@@ -88,7 +88,11 @@ def label_steps(axes: Any, what: str) -> None:
     """Name the value above its axis, where it is read without tilting the head, and the steps below."""
     axes.set_title(what, loc="left", fontsize=8.5, color=MUTED, pad=8)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    left, right = axes.get_xlim()
+    if right - left < 1.05:  # a lone step: fractions of a step mean nothing
+        axes.set_xticks([round((left + right) / 2)])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
 def legend(axes: Any, columns: int = 4) -> None:

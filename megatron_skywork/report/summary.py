@@ -12,8 +12,6 @@ from typing import Any
 from megatron_skywork.metrics import wording
 from megatron_skywork.report.page import pairs
 
-_RESUMED = {True: "equal to the uninterrupted one", False: "NOT equal to the uninterrupted one"}
-
 
 def summary_section(summary: Mapping[str, Any]) -> str:
     """HTML of the summary: proofs and the generated text at the left, stages at the right.
@@ -37,7 +35,8 @@ def _proofs(summary: Mapping[str, Any]) -> list[tuple[str, str | None]]:
         shown.append(("Held-out loss", f"{_number(before)} → {_number(after)}"))
     difference, resumed, memory = summary.get("largest_logit_difference"), summary.get("resume_equal"), summary.get("peak_memory_bytes")
     shown.append(("Dense and upcycled logits differ by", f"at most {_number(difference, '.2g')}" if difference is not None else None))
-    shown.append(("Resumed run", _RESUMED.get(resumed, str(resumed)) if isinstance(resumed, (bool, str)) else None))
+    if isinstance(resumed, bool):
+        shown.append(("Resumed run", "equal to the uninterrupted one" if resumed else "NOT equal to the uninterrupted one"))
     shown.append(("Peak memory", f"{memory / 2**30:.1f} GiB" if isinstance(memory, (int, float)) else None))
     return shown
 

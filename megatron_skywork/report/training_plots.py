@@ -88,7 +88,8 @@ def _learning_rate(runs: Sequence[Run]) -> Plot | None:
     canvas, axes = panel()
     for run, color in zip(runs, CYCLE * len(runs), strict=False):
         line(axes, run.steps_S, run.series("learning_rate"), color=color, label=run.name if len(runs) > 1 else None)
-    axes.set_ylim(bottom=0)
+    top = max(float(np.nanmax(run.series("learning_rate"))) for run in runs if np.isfinite(run.series("learning_rate")).any())
+    axes.set_ylim(0, 1.08 * top if top > 0 else 1)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
     label_steps(axes, "learning rate")
     legend(axes, columns=3)
