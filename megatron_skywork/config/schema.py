@@ -201,6 +201,7 @@ class Train(Section):
     micro_batch_size: Positive = Field(1, description="Sequences per forward pass on one rank.")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Compute precision; master weights, moments and gradient reduction are fp32.")
     seed: NonNegative = Field(1234, le=2**31 - 1, description="Seed of weights, dropout and data order.")
+    max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run stops.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")
     time_limit_seconds: float | None = Field(None, gt=0, description="Save and stop when the process has run this long.")
     eval_every: NonNegative = Field(0, description="Steps between evaluations; 0 means only where asked at start and end.")

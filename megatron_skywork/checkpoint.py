@@ -1,0 +1,269 @@
+"""Training checkpoints: everything a run needs to go on, in a folder that counts only when it is whole, loadable under any other layout.
+
+    step_00001000/
+      *.distcp, .metadata, metadata.json, common.pt    megatron-core's distributed checkpoint: weights, fp32 master weights, moments, router state, RNG
+      config.yaml     the run's settings                state.json    step, samples, tokens, layout, versions
+      complete.json   the size of every file, written last
+
+Weights are saved once, under names that say nothing of the layout; the optimizer's state is gathered to the shape of the weights (`fully_reshardable`),
+so that tensor, pipeline, expert and data parallelism may all be different at the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
+
+from megatron_skywork import __version__, device
+from megatron_skywork.config.load import dump_config
+from megatron_skywork.config.schema import Config
+from megatron_skywork.convert.marker import check_marker, is_complete, write_marker
+from megatron_skywork.convert.safe_pickle import check_metadata
+from megatron_skywork.errors import CheckpointError
+from megatron_skywork.model.build import unwrap
+from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
+
+# `non_homogeneous_layers`: one key per layer, so that a layer's key does not depend on how layers are spread over stages.
+LAYOUT_FREE = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+OPTIMIZER_LAYOUT = {**LAYOUT_FREE, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass
+class TrainState:
+    """How far a run has come. Steps count from 1; `step` is the last one that was done."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+class InProcessSave(TorchDistSaveShardedStrategy):
+    """Writes with torch's own writer, in this process.
+
+    megatron-core hands the writing to processes that it starts for it: seconds of start-up at each save, and orphans when a rank is killed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1)
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        torch.distributed.checkpoint.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- folders
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_folders(run_dir: Path) -> list[Path]:
+    """Folders with a completion marker, oldest first."""
+    return sorted(folder for folder in (run_dir / "checkpoints").glob("step_*") if is_complete(folder))
+
+
+def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest folder whose files are all there in full size, and a line about each newer one that was passed over."""
+    passed_over = []
+    for folder in reversed(complete_folders(run_dir)):
+        try:
+            check_marker(folder)
+        except CheckpointError as damage:
+            passed_over.append(str(damage))
+            continue
+        return folder, passed_over
+    return None, passed_over
+
+
+def retain(run_dir: Path, keep: int) -> list[Path]:
+    """Remove all but the newest `keep` complete folders, and what died saves left behind. Called after a save, so one good folder always stays."""
+    complete = complete_folders(run_dir)
+    unfinished = [folder for folder in (run_dir / "checkpoints").glob("step_*") if not is_complete(folder)]
+    removed = complete[:-keep] + unfinished
+    for folder in removed:
+        # The marker goes first: a removal that is interrupted must not leave a folder that looks whole.
+        (folder / "complete.json").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+    return removed
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- saving
+
+
+def save(config: Config, state: TrainState, chunks: list[Any], optimizer: MegatronOptimizer) -> Path:
+    """Save on all ranks together; returns when the folder is whole.
+
+    Raises:
+        CheckpointError: the folder could not be written; what is there has no completion marker.
+    """
+    folder = folder_of(Path(config.run_dir), state.step)
+    is_writer = torch.distributed.get_rank() == 0
+    if is_writer:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    weights = _weights(chunks)
+    content = {
+        **weights,
+        "optimizer": optimizer.sharded_state_dict(_merged(weights), is_loading=False, metadata=OPTIMIZER_LAYOUT),
+        "rng": _rng(),
+    }
+    try:
+        dist_checkpointing.save(content, str(folder), sharded_strategy=InProcessSave())
+    except (OSError, CheckpointException) as failure:
+        raise CheckpointError(f"{folder}: could not be written: {failure}") from failure
+    if is_writer:
+        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        (folder / "state.json").write_text(json.dumps({**asdict(state), "layout": _layout(config), "versions": versions()}, indent=1), encoding="utf-8")
+        write_marker(folder)
+        retain(Path(config.run_dir), config.checkpoint.keep)
+    torch.distributed.barrier()
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(config: Config, folder: Path, chunks: list[Any], optimizer: MegatronOptimizer) -> TrainState:
+    """Restore weights, optimizer, router state and position; the random state too where the layout is the one that was saved.
+
+    Raises:
+        CheckpointError: the folder is damaged or does not fit the model.
+    """
+    check_metadata(folder)
+    try:
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = TrainState(saved["step"], saved["samples"], saved["tokens"])
+    except (OSError, ValueError, KeyError) as damage:
+        raise CheckpointError(f"{folder / 'state.json'}: cannot be read ({damage}); use another checkpoint of this run") from damage
+    weights = _weights(chunks)
+    wanted = {**weights, "optimizer": optimizer.sharded_state_dict(_merged(weights), is_loading=True, metadata=OPTIMIZER_LAYOUT)}
+    same_layout = saved.get("layout") == _layout(config)
+    if same_layout:
+        wanted["rng"] = _rng()
+    content = _read(wanted, folder)
+    _put_weights(chunks, content)
+    optimizer.load_state_dict(content["optimizer"])
+    if same_layout:
+        _restore_rng(content["rng"])
+    return state
+
+
+def load_weights(folder: Path, chunks: list[Any]) -> None:
+    """Start from the weights of a folder; step, optimizer and adaptive coefficients begin anew.
+
+    Raises:
+        CheckpointError: the folder is not whole or does not fit the model.
+    """
+    check_marker(folder)
+    check_metadata(folder)
+    wanted = {
+        name: {key: value for key, value in content.items() if not key.endswith(("_extra_state", COEFFICIENT_NAME))} for name, content in _weights(chunks).items()
+    }
+    _put_weights(chunks, _read(wanted, folder), partial=True)
+
+
+def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError) as failure:
+        raise CheckpointError(f"{folder} does not fit this model: {_first_line(failure)}") from failure
+
+
+def _first_line(failure: BaseException) -> str:
+    lines = [line for line in str(failure).splitlines() if line.strip()]
+    return " ".join(lines[-2:]) if lines else type(failure).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------------------- state dicts
+
+
+def _weights(chunks: list[Any]) -> dict[str, Any]:
+    """`model` or `model0`, `model1`, ...: the sharded weights of each chunk of this rank."""
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    return {name: unwrap(chunk).sharded_state_dict(metadata=dict(LAYOUT_FREE)) for name, chunk in zip(names, chunks, strict=True)}
+
+
+def _merged(weights: dict[str, Any]) -> dict[str, Any]:
+    """What the optimizer looks weights up in: megatron-core wants the chunks as they are named when there are several."""
+    return weights["model"] if "model" in weights else weights
+
+
+def _put_weights(chunks: list[Any], content: dict[str, Any], partial: bool = False) -> None:
+    for number, chunk in enumerate(chunks):
+        tensors = content["model" if len(chunks) == 1 else f"model{number}"]
+        outcome = unwrap(chunk).load_state_dict(tensors, strict=not partial)
+        if partial:
+            missing = [key for key in outcome.missing_keys if not key.endswith(("_extra_state", COEFFICIENT_NAME))]
+            if missing or outcome.unexpected_keys:
+                raise CheckpointError(f"weights do not fit the model: missing {missing}, unexpected {outcome.unexpected_keys}")
+
+
+def _rng() -> dict[str, Any]:
+    """This rank's random states, under its own place among the ranks."""
+    states = {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": device.rng_state(),
+        "tracker": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
+    }
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return {"states": ShardedObject("rng", states, (world,), (rank,), replica_id=0)}
+
+
+def _restore_rng(content: dict[str, Any]) -> None:
+    states = content["states"]
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    device.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _layout(config: Config) -> dict[str, Any]:
+    """What must be equal for the random state of a rank to mean the same."""
+    parallel = config.parallel
+    return {
+        "world_size": torch.distributed.get_world_size(),
+        **{name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "ep", "etp", "cp", "layers_per_stage")},
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """What wrote a checkpoint."""
+    import megatron.core
+
+    return {"megatron_skywork": __version__, "torch": torch.__version__, "megatron_core": megatron.core.__version__, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    """The commit this package is run from; None where it was installed from a wheel."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    answer = subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None

@@ -1,0 +1,43 @@
+"""The training loop. What a feature adds belongs into a step, a writer or a verb of `Training`, not here."""
+
+from __future__ import annotations
+
+from megatron_skywork.train.signals import StopRequest
+from megatron_skywork.train.training import Training
+
+
+def train(training: Training, stop_request: StopRequest) -> str | None:
+    """Train until the last step, or until asked to stop; whatever was done is saved.
+
+    Returns:
+        why it stopped early: a signal's name or `time limit`; None when it came to its last step.
+    """
+    settings = training.config.train
+    saves = training.config.checkpoint
+
+    if training.resumed_from is not None:
+        training.writers.event("resume", training.state.step, folder=str(training.resumed_from))
+    elif settings.eval_at_start:
+        training.evaluate()
+
+    stopped_by = None
+    saved_step = training.state.step
+    while not training.is_finished and stopped_by is None:
+        result = training.train_one_step()
+        training.log(result)
+        training.refuse_nonfinite(result)
+
+        if training.is_due(settings.eval_every):
+            training.evaluate()
+        if training.is_due(saves.every):
+            training.save()
+            saved_step = training.state.step
+        stopped_by = stop_request.agreed()
+
+    if training.is_whole and settings.eval_at_end:
+        training.evaluate()
+    must_save = saves.save_at_end if training.is_whole else True
+    if must_save and saved_step != training.state.step:
+        training.save()
+    training.writers.event("stop", training.state.step, reason=stopped_by or ("done" if training.is_whole else "train.stop_at_step"))
+    return stopped_by

@@ -1,0 +1,121 @@
+"""One optimizer step: micro-batches through the pipeline, gradients reduced, one update, router coefficients moved.
+
+The loss of a step is the mean over all tokens of its global batch that count: sum(mask * cross entropy) / sum(mask). Every rank sums over its own tokens,
+and megatron-core divides gradients once, by the tokens of the global batch, so its split into micro-batches and ranks does not show.
+
+Shapes: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
+from megatron_skywork import device, parallel
+from megatron_skywork.config.schema import Config
+from megatron_skywork.metrics.throughput import PhaseTimer
+from megatron_skywork.moe.router_state import RouterSummary, find_routers, update_coefficients
+from megatron_skywork.optim import guarded_step, learning_rate, set_learning_rate
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has to say; losses lie on the last pipeline stage only, and nothing has been reduced."""
+
+    loss_sum: Tensor | None
+    num_tokens: Tensor | None
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+    routers: RouterSummary
+
+
+class TrainStep:
+    """Runs optimizer steps of one model.
+
+    Args:
+        config: the run.
+        chunks: this rank's wrapped model chunks.
+        optimizer: over them.
+        num_micro_batches: of one step, on every data-parallel rank.
+        timer: told which phase is running.
+    """
+
+    def __init__(self, config: Config, chunks: list[Any], optimizer: Any, num_micro_batches: int, timer: PhaseTimer):
+        self._config, self._chunks, self._optimizer, self._timer = config, chunks, optimizer, timer
+        self._num_micro_batches = num_micro_batches
+        self._routers = find_routers(chunks)
+        connect_schedule(config, chunks, optimizer)
+
+    def __call__(self, step: int, loader: Iterator[Batch]) -> StepResult:
+        """Do step number `step` with the next micro-batches."""
+        with self._timer.phase("data"):
+            batches = [next(loader) for _ in range(self._num_micro_batches)]
+        with self._timer.phase("forward_backward"):
+            for chunk in self._chunks:
+                chunk.zero_grad_buffer()
+            self._optimizer.zero_grad()
+            loss_sum, num_tokens = run_schedule(self._config, self._chunks, batches, forward_only=False)
+        with self._timer.phase("optimizer"):
+            rate = learning_rate(step, self._config.optim, self._config.train.steps)
+            set_learning_rate(self._optimizer, rate)
+            applied, grad_norm = guarded_step(self._optimizer)
+            routers = update_coefficients(self._routers, parallel.token_group(), skipped=not applied)
+        return StepResult(loss_sum, num_tokens, grad_norm, rate, applied, routers)
+
+
+def connect_schedule(config: Config, chunks: list[Any], optimizer: Any) -> None:
+    """Tell megatron-core's schedules how to reduce gradients and scale losses."""
+    transformer = chunks[0].config
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    transformer.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    if config.parallel.overlap and len(chunks) > 1:
+        transformer.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+        if config.parallel.distributed_optimizer:
+            transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
+def run_schedule(config: Config, chunks: list[Any], batches: list[Batch], *, forward_only: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Send micro-batches through the pipeline.
+
+    Returns:
+        sum of the losses of all counted tokens of this data-parallel rank, and their number; None on stages that see no loss.
+    """
+    # Every chunk of this rank reads the same micro-batches, each at its own time.
+    iterators = [iter(batches) for _ in chunks]
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not outputs:
+        return None, None
+    return torch.stack([output["loss_sum"] for output in outputs]).sum(), torch.stack([output["num_tokens"] for output in outputs]).sum()
+
+
+def forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
+    """One micro-batch through one chunk, in the form megatron-core's schedules call."""
+    batch = {name: tensor.to(device.current(), non_blocking=True) for name, tensor in next(batches).items()}
+    output = chunk(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+    return output, functools.partial(masked_loss, batch["loss_mask"])
+
+
+def masked_loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the losses that count, and how many they are."""
+    loss_sum = (losses_BS.float() * loss_mask_BS).sum()
+    num_tokens = loss_mask_BS.sum().to(torch.int)
+    return loss_sum, num_tokens, {"loss_sum": loss_sum.detach(), "num_tokens": num_tokens}
