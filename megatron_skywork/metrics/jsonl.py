@@ -61,6 +61,7 @@ class JsonlWriter:
     Args:
         path: the file; made, with its folder, if it is not there.
         resume_step: the step resumed from, or None for a new run. A new run leaves an older file of that name beside its own, as `metrics.old-1.jsonl`.
+            The resume itself is an event that the training loop records.
     """
 
     def __init__(self, path: Path, *, resume_step: int | None):
@@ -75,8 +76,6 @@ class JsonlWriter:
                 self._header = _keep_up_to(path, resume_step)
         # Line-buffered: a record is with the operating system when its call returns.
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        if resume_step is not None:
-            self._append({"kind": "event", "event": "resume", "step": resume_step, "time": time.time()})
 
     def header(self, record: Mapping[str, Any]) -> None:
         """The run's first record. A resumed file has one; what changed since is then an event, under dotted names."""

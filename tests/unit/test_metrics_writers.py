@@ -52,6 +52,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 def write_run(path: Path, steps: range, resume_step: int | None = None, world_size: int = 1) -> None:
     writer = JsonlWriter(path, resume_step=resume_step)
     writer.header({"kind": "header", "world_size": world_size, "config": {"train": {"steps": 200}}})
+    if resume_step is not None:
+        writer.event({"kind": "event", "event": "resume", "step": resume_step})
     for step in steps:
         writer.step({"kind": "step", "step": step, "loss": float(step)})
         if step % 2 == 0:
@@ -82,8 +84,7 @@ def test_a_torn_last_line_is_cut_and_the_rest_kept(tmp_path: Path, torn: str):
     whole = path.read_bytes()
     path.write_bytes(whole + torn.encode())
     JsonlWriter(path, resume_step=3).close()
-    assert path.read_bytes().startswith(whole)
-    assert [record.get("event") for record in read(path)][-1] == "resume" and len(read(path)) == len(whole.splitlines()) + 1
+    assert path.read_bytes() == whole
 
 
 def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path):
@@ -138,7 +139,7 @@ def test_a_new_run_keeps_the_old_record_aside(tmp_path: Path):
 
 def test_a_resume_without_a_file_starts_one(tmp_path: Path):
     write_run(tmp_path / "metrics.jsonl", range(5, 6), resume_step=4)
-    assert [record["kind"] for record in read(tmp_path / "metrics.jsonl")] == ["event", "header", "step"]
+    assert [record["kind"] for record in read(tmp_path / "metrics.jsonl")] == ["header", "event", "step"]
 
 
 def console(stream: io.StringIO, *, steps: list[int]) -> str:

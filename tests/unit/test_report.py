@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 
 from megatron_skywork.errors import ConfigError, DataError
-from megatron_skywork.report import style
 from megatron_skywork.report.build import build_report
 from megatron_skywork.report.findings import findings, key_figures
 from megatron_skywork.report.load import find_summary, load_run, nan_mean, window_of
+
+style = pytest.importorskip("megatron_skywork.report.style", reason="needs the extra `plot`", exc_type=ImportError)
 
 ROOT = Path(__file__).resolve().parents[2]
 ADAPTIVE = {"enabled": True, "sensitivity": 0.2, "maximum": 0.01, "momentum": 0.99}
