@@ -49,6 +49,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     command.add_argument("--checkpoint", "--moe", required=True, metavar="DIR", help="the upcycled folder")
     command.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens to compare on (default 256)")
     command.add_argument("--text", metavar="TEXT", help="text to compare on (default: random tokens)")
+    command.add_argument("--precision", default="fp32", choices=["fp32", "fp64"], help="what to compute in (default fp32)")
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(words)
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     vocab_size = describe_folder(arguments.checkpoint)[0].vocab_size
     tokens = tokens_for(arguments.dense, vocab_size, arguments.text, arguments.tokens)
-    return compare(arguments.dense, arguments.checkpoint, tokens, progress=sys.stderr)
+    return compare(arguments.dense, arguments.checkpoint, tokens, progress=sys.stderr, precision=arguments.precision)
 
 
 def describe(result: dict[str, Any], indent: str = "") -> str:

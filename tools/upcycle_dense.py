@@ -40,6 +40,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--verify-text", metavar="TEXT", help="with --verify: text to compare on (default: random tokens)")
     parser.add_argument("--verify-tokens", type=int, default=256, metavar="N", help="with --verify: tokens to compare on (default 256)")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "fp64"], help="with --verify: what to compute in (default fp32)")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --out")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(words)
@@ -77,7 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def accept(folder: Path) -> dict[str, Any]:
         tokens = tokens_for(arguments.dense, planned["layout"]["vocabulary"], arguments.verify_text, arguments.verify_tokens)
-        result = compare(arguments.dense, folder, tokens, progress=sys.stderr)
+        result = compare(arguments.dense, folder, tokens, progress=sys.stderr, precision=arguments.precision)
         refuse_if_failed(result)
         return result
 

@@ -35,6 +35,16 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+# Fields of megatron-core's TransformerConfig that change the function a model computes, and the value that does not.
+CHANGES_FORWARD: dict[str, Any] = {
+    "moe_router_pre_softmax": False, "moe_router_score_function": "softmax", "moe_router_topk_scaling_factor": 1.0, "moe_router_num_groups": None,
+    "moe_router_group_topk": None, "moe_router_enable_expert_bias": False, "moe_shared_expert_gate": False, "moe_apply_probs_on_input": False,
+    "moe_latent_size": None, "moe_layer_freq": None, "activation_func": "silu", "activation_func_clamp_value": None, "glu_linear_offset": 0.0,
+    "gated_linear_unit": True, "add_bias_linear": False, "normalization": "RMSNorm", "layernorm_zero_centered_gamma": False, "rotary_interleaved": False,
+    "apply_residual_connection_post_layernorm": False, "fp32_residual_connection": False, "attention_output_gate": False, "softmax_scale": None,
+    "softmax_type": "vanilla", "window_size": None, "no_rope_freq": None, "multi_latent_attention": False, "use_mup": False,
+    "qk_l2_norm": False, "mtp_num_layers": None, "experimental_attention_variant": None, "linear_attention_freq": None,
+}  # fmt: skip
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
 
 
@@ -67,6 +77,22 @@ def describe(folder: Path | str) -> tuple[Model, Moe | None]:
         lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
         raise CheckpointError(f"{path}: the sections model and moe do not describe a model:\n" + "\n".join(lines)) from error
     return model, moe
+
+
+def check_plain(folder: Path | str) -> None:
+    """Refuse a training checkpoint whose `megatron:` section changed what the model computes: no other format, and no reference here, knows that.
+
+    Raises:
+        CheckpointError: the settings, all of them.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        return
+    values = read_yaml(path.read_text(encoding="utf-8"), str(path)).values
+    passed = (values.get("megatron") or {}) if isinstance(values, dict) else {}
+    changed = [f"megatron.{name}={value!r}" for name, value in passed.items() if name in CHANGES_FORWARD and value not in (None, False, CHANGES_FORWARD[name])]
+    if changed:
+        raise CheckpointError(f"{path}: the model was trained with {', '.join(changed)}, which a Hugging Face folder cannot express")
 
 
 def is_ours(folder: Path | str) -> bool:

@@ -15,7 +15,17 @@ import torch
 
 from megatron_skywork.config.schema import Moe
 from megatron_skywork.config.yaml_strict import read_yaml
-from megatron_skywork.convert.checkpoint_folder import CONFIG_FILE, HF_FOLDER, TOKENIZER_FILES, carry_files, count_parameters, describe, layout_summary, step_of
+from megatron_skywork.convert.checkpoint_folder import (
+    CONFIG_FILE,
+    HF_FOLDER,
+    TOKENIZER_FILES,
+    carry_files,
+    check_plain,
+    count_parameters,
+    describe,
+    layout_summary,
+    step_of,
+)
 from megatron_skywork.convert.compare_names import check_ours, dtype_name, main_dtype
 from megatron_skywork.convert.families import choose_family, write_config
 from megatron_skywork.convert.hf_files import SHARD_BYTES, HfWriter, read_json
@@ -54,6 +64,7 @@ def export_hf(
     folder = Path(folder)
     check_replaceable(Path(out), overwrite)
     model, moe = describe(folder)
+    check_plain(folder)
     if dtype not in ("auto", *DTYPES):
         raise CheckpointError(f"--dtype {dtype}: use auto, {', '.join(DTYPES)}")
     carried = _carried_folder(folder)

@@ -157,6 +157,7 @@ def _refuse_unsupported(keys: _Keys, family: str) -> None:
 
 def _moe(keys: _Keys, family: str) -> dict[str, Any]:
     if family == "mixtral":
+        keys.refuse("num_experts_per_tok", tuple(range(2, 1024)), "Mixtral gives a single expert the weight 1, here it keeps its probability")
         return dict(num_experts=keys.need("num_local_experts"), topk=keys.get("num_experts_per_tok", 2), gate_norm=False)
     experts = keys.need("num_experts")
     counts = experts if isinstance(experts, list) else [experts]
@@ -202,6 +203,8 @@ def choose_family(model: Model, moe: Moe | None, wanted: str = "auto") -> str:
     if family != "skywork_moe" and model.qk_norm != (family == "qwen3"):
         problems.append(f"model.qk_norm is {str(model.qk_norm).lower()}")
     if moe is not None and family == "mixtral":
+        if moe.topk == 1:
+            problems.append("moe.topk is 1 (Mixtral would give the expert the weight 1)")
         if moe.gate_norm:
             problems.append("moe.gate_norm is true (Mixtral's gate is plain)")
         if len(moe_layers(model, moe)) != model.num_layers:

@@ -142,10 +142,9 @@ class DistributedReader:
         CheckpointError: the folder is incomplete or damaged, or its index names anything but index records.
     """
 
-    def __init__(self, folder: Path | str, require_marker: bool = True):
+    def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        if require_marker:
-            check_marker(self.folder)
+        check_marker(self.folder)
         index = read_metadata(self.folder)
         self._boxes: dict[str, list[tuple[ChunkStorageMetadata, _StorageInfo]]] = {}
         self.tensors: dict[str, TensorInfo] = {}

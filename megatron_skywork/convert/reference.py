@@ -1,4 +1,4 @@
-"""What a checkpoint computes, in plain PyTorch and fp32, one layer at a time: the yardstick of every conversion.
+"""What a checkpoint computes, in plain PyTorch and fp32 (or fp64), one layer at a time: the yardstick of every conversion.
 
 It shares no code with the converter's layouts, with megatron-core or with transformers, so that an error in one of them does not hide in the other.
 Two views of weights, one forward: `HfLayers` reads a dense Hugging Face folder by its names, `OurLayers` one of our folders by ours.
@@ -27,7 +27,7 @@ Expert = Callable[[int], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one layer in fp32. `bias` and `norms` (query, key) where the model has them; a dense layer has no router, and one expert, number 0."""
+    """Weights of one layer. `bias` and `norms` (query, key) where the model has them; a dense layer has no router, and one expert, number 0."""
 
     attention_norm_H: Tensor
     qkv: tuple[Tensor, Tensor, Tensor]
@@ -55,12 +55,12 @@ class Layers(Protocol):
 class HfLayers:
     """A dense LLaMA-type Hugging Face folder."""
 
-    def __init__(self, reader: HfReader, model: Model):
-        self.model, self._reader = model, reader
+    def __init__(self, reader: HfReader, model: Model, dtype: torch.dtype = torch.float32):
+        self.model, self._reader, self._dtype = model, reader, dtype
         self.moe: Moe | None = None
 
     def _get(self, name: str) -> Tensor:
-        return self._reader.read(name).float()
+        return self._reader.read(name).to(self._dtype)
 
     def embedding(self) -> Tensor:
         return self._get("model.embed_tokens.weight")
@@ -94,12 +94,12 @@ class HfLayers:
 class OurLayers:
     """A folder of ours, dense or mixture."""
 
-    def __init__(self, reader: DistributedReader, model: Model, moe: Moe | None):
-        self.model, self.moe, self._reader = model, moe, reader
+    def __init__(self, reader: DistributedReader, model: Model, moe: Moe | None, dtype: torch.dtype = torch.float32):
+        self.model, self.moe, self._reader, self._dtype = model, moe, reader, dtype
         self._sparse = moe_layers(model, moe)
 
     def _get(self, name: str) -> Tensor:
-        return self._reader.read(name).float()
+        return self._reader.read(name).to(self._dtype)
 
     def embedding(self) -> Tensor:
         return self._get("embedding.word_embeddings.weight")[: self.model.vocab_size]
@@ -150,7 +150,7 @@ class OurLayers:
 
     def _box(self, name: str, expert: int) -> Tensor:
         shape = self._reader.tensors[name].shape
-        return self._reader.read(name, (expert, 0, 0), (1, *shape[1:]))[0].float()
+        return self._reader.read(name, (expert, 0, 0), (1, *shape[1:]))[0].to(self._dtype)
 
 
 def _swiglu(fc1: Tensor, fc2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +170,7 @@ class Forward:
     def __init__(self, weights: Layers, tokens_T: Tensor):
         self.weights, self.model, self.moe = weights, weights.model, weights.moe
         self.hidden_TH = F.embedding(tokens_T, weights.embedding())
-        self._cos_T1D, self._sin_T1D = rotary(len(tokens_T), self.model.resolved_head_dim, self.model.rope_theta)
+        self._cos_T1D, self._sin_T1D = (part.to(self.hidden_TH.dtype) for part in rotary(len(tokens_T), self.model.resolved_head_dim, self.model.rope_theta))
 
     def advance(self, layer: Layer) -> Tensor:
         """One layer; returns the residual stream behind it, [T, H]."""
@@ -218,11 +218,11 @@ class Forward:
 
 
 def rotary(length: int, width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, 1, D], the two halves alike."""
+    """Cosines and sines [T, 1, D] in fp64, the two halves alike."""
     inverse = theta ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), inverse)
     angles_T1D = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles_T1D.cos().float(), angles_T1D.sin().float()
+    return angles_T1D.cos(), angles_T1D.sin()
 
 
 def feed_forward(x_TH: Tensor, gate_FH: Tensor, up_FH: Tensor, down_HF: Tensor) -> Tensor:
@@ -231,12 +231,15 @@ def feed_forward(x_TH: Tensor, gate_FH: Tensor, up_FH: Tensor, down_HF: Tensor) 
 
 
 def gate(logits_TE: Tensor, moe: Moe) -> tuple[Tensor, Tensor]:
-    """Probabilities and numbers of the chosen experts, [T, K] each: softmax over all, the k largest, renormalized (facts of the report, section 2.1)."""
+    """Probabilities and numbers of the chosen experts, [T, K] each: softmax over all, the k largest, renormalized (report, section 2.1).
+
+    A single chosen expert keeps its probability, as in the trained model: renormalized it would be 1 whatever the router says, and the router would not learn.
+    """
     if moe.gate_norm:
         deviation_T1 = (logits_TE.var(dim=-1, keepdim=True, unbiased=moe.gate_norm_unbiased) + moe.gate_norm_epsilon).sqrt()
         logits_TE = moe.gate_norm_scale * (logits_TE - logits_TE.mean(dim=-1, keepdim=True)) / deviation_T1
     top_TK, chosen_TK = logits_TE.softmax(-1).topk(moe.topk, dim=-1)
-    return top_TK / top_TK.sum(-1, keepdim=True), chosen_TK
+    return (top_TK / top_TK.sum(-1, keepdim=True) if moe.topk > 1 else top_TK), chosen_TK
 
 
 @torch.no_grad()

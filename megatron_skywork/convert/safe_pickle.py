@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -32,6 +33,8 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.planner": ("SavePlan", "WriteItem", "WriteItemType", "LoadItemType", "TensorWriteData", "BytesIOWriteData"),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
 }  # fmt: skip
+# What saved random states are made of; arrays of numbers, nothing that can act.
+_ARRAYS = [numpy.zeros(1).__reduce__()[0], numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32")), type(numpy.dtype("int64")), type(numpy.dtype("float64"))]
 _MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
 
 
@@ -131,7 +134,8 @@ def read_object(path: Path, offset: int = 0, length: int | None = None) -> Any:
         with open(path, "rb") as file:
             file.seek(offset)
             content = file.read() if length is None else file.read(length)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_ARRAYS):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
     except pickle.UnpicklingError as error:

@@ -59,8 +59,8 @@ class UpcycleOptions:
 
     @property
     def exact(self) -> bool:
-        """Whether the result computes what the source computes."""
-        return self.noise == 0.0
+        """Whether the result computes what the source computes: a copy does, where the chosen experts' weights sum to 1, which top-1 leaves out."""
+        return self.noise == 0.0 and self.topk > 1
 
 
 def moe_section(model: Model, options: UpcycleOptions) -> Moe:
@@ -130,7 +130,7 @@ def upcycle(
         bar = Progress("upcycle", total, progress)
         writer = DistributedWriter(staged, bar)
         write_weights(writer, model, moe, lambda name: None if name.endswith(_GATE) else source.reader.read(name), dense_name, _Maker(options))
-        method = {"name": "copy" if options.exact else "copy with noise", "exact": options.exact, **asdict(options)}
+        method = {"name": "copy with noise" if options.noise else "copy", "exact": options.exact, **asdict(options)}
         finish_folder(staged, source, model, moe, writer, method)
         seconds = bar.close()
         verified = {"verify": accept(staged)} if accept is not None else {}
@@ -170,7 +170,7 @@ class _Maker:
                 if options.router_init_std
                 else [torch.zeros(shape)]
             )
-        if weight.kind.startswith("expert_") and not options.exact:
+        if weight.kind.startswith("expert_") and options.noise:
             block = weight.layout.pack(pieces[0], tensors)
             return (self._noisy(block, weight.ours, piece) for piece in pieces)
         return as_they_are(weight, pieces, tensors)

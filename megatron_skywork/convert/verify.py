@@ -1,4 +1,4 @@
-"""The step-0 gate of upcycling: the dense model and the mixture made from it, side by side on the same tokens, layer by layer, in fp32.
+"""The step-0 gate of upcycling: the dense model and the mixture made from it, side by side on the same tokens, layer by layer.
 
 Both are computed by `reference`, which knows neither the layouts nor the engines. An exact method must agree within the tolerance; an inexact one
 (copy with noise) is reported with its distance.
@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_skywork.convert.checkpoint_folder import MANIFEST, describe
+from megatron_skywork.convert.checkpoint_folder import MANIFEST, check_plain, describe
 from megatron_skywork.convert.compare_names import check_ours
 from megatron_skywork.convert.hf_files import read_json
 from megatron_skywork.convert.import_hf import open_source
@@ -21,6 +21,7 @@ from megatron_skywork.convert.reference import Forward, HfLayers, OurLayers
 from megatron_skywork.errors import CheckpointError
 
 TOLERANCE = 1e-4
+PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 DEFAULT_TOKENS = 256
 
 
@@ -44,20 +45,21 @@ def tokens_for(folder: Path | str, vocab_size: int, text: str | None = None, cou
 
 
 @torch.no_grad()
-def compare(dense: Path | str, moe_folder: Path | str, tokens: Sequence[int], require_marker: bool = True, progress: TextIO | None = None) -> dict[str, Any]:
+def compare(dense: Path | str, moe_folder: Path | str, tokens: Sequence[int], progress: TextIO | None = None, precision: str = "fp32") -> dict[str, Any]:
     """Distance between a dense Hugging Face folder and a folder of ours.
 
     Args:
         tokens: token ids of one sequence.
-        require_marker: False for a folder that is still being written.
+        precision: fp32, or fp64, in which rounding is far below the tolerance for models of any depth.
 
     Returns:
         largest_logit_difference, kl (mean over positions, KL(dense || ours), nats), same_top_token (share of positions), tokens, largest_logit,
-        tolerance, exact (what the manifest says the method is), passed.
+        tolerance, precision, exact (what the manifest says the method is), passed.
     """
     source = open_source(dense)
     model, moe = describe(moe_folder)
-    reader = DistributedReader(moe_folder, require_marker)
+    check_plain(moe_folder)
+    reader = DistributedReader(moe_folder)
     check_ours(reader, model, moe)
     if model.num_layers != source.description.model.num_layers or model.vocab_size != source.description.model.vocab_size:
         raise CheckpointError(
@@ -67,7 +69,8 @@ def compare(dense: Path | str, moe_folder: Path | str, tokens: Sequence[int], re
     tokens_T = torch.tensor(list(tokens))
     if int(tokens_T.min()) < 0 or int(tokens_T.max()) >= model.vocab_size:
         raise CheckpointError(f"token ids lie between {int(tokens_T.min())} and {int(tokens_T.max())}, and the model knows 0 to {model.vocab_size - 1}")
-    left, right = HfLayers(source.reader, source.description.model), OurLayers(reader, model, moe)
+    dtype = PRECISIONS[precision]
+    left, right = HfLayers(source.reader, source.description.model, dtype), OurLayers(reader, model, moe, dtype)
     a, b = Forward(left, tokens_T), Forward(right, tokens_T)
     for number, (dense_layer, our_layer) in enumerate(zip(left.layers(), right.layers(), strict=True)):
         a.advance(dense_layer)
@@ -75,7 +78,7 @@ def compare(dense: Path | str, moe_folder: Path | str, tokens: Sequence[int], re
         if progress is not None and (number + 1) % max(1, model.num_layers // 10) == 0:
             progress.write(f"verify: layer {number + 1} of {model.num_layers}\n")
             progress.flush()
-    return _distance(a.logits_TV(), b.logits_TV(), len(tokens_T), _exact(Path(moe_folder)))
+    return {**_distance(a.logits_TV(), b.logits_TV(), len(tokens_T), _exact(Path(moe_folder))), "precision": precision}
 
 
 def _exact(folder: Path) -> bool:
@@ -106,5 +109,6 @@ def refuse_if_failed(result: dict[str, Any]) -> None:
     if result["passed"] is False:
         raise CheckpointError(
             f"the result does not compute what the dense model computes: largest logit difference {result['largest_logit_difference']:.3g} "
-            f"over {result['tokens']} tokens, {result['tolerance']:.0e} allowed (KL {result['kl']:.3g})"
+            f"over {result['tokens']} tokens, {result['tolerance']:.0e} allowed (KL {result['kl']:.3g}); "
+            "if rounding is in doubt, compare in fp64 (--precision fp64)"
         )

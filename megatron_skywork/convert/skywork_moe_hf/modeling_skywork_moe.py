@@ -5,7 +5,8 @@ Per token with gate logits z over the experts:
     z~ = lambda * (z - mean(z)) / sqrt(var(z) + eps)        where moe_use_logits_norm is true, else z~ = z
     y  = sum over the top-k experts of softmax(z~ over those k) * w2(silu(w1 x) * (w3 x))
 
-which is the softmax over all experts, renormalized over the chosen ones. Attention, rotary positions, norms, cache and generation are transformers' own.
+which is the softmax over all experts, renormalized over the chosen ones; with top-1 the expert keeps its probability among all.
+Attention, rotary positions, norms, cache and generation are transformers' own.
 Shapes: T tokens, H hidden, E experts, K top-k.
 """
 
@@ -54,6 +55,8 @@ class SkyworkSparseMoe(nn.Module):
             variance_T1 = centred_TE.square().sum(dim=-1, keepdim=True) / (centred_TE.shape[-1] - int(config.moe_gate_norm_unbiased))
             logits_TE = config.moe_gate_norm_std * centred_TE * torch.rsqrt(variance_T1 + config.moe_gate_norm_eps)
         top_TK, chosen_TK = logits_TE.topk(config.num_experts_per_tok, dim=-1)
+        if config.num_experts_per_tok == 1:
+            return logits_TE.softmax(dim=-1).gather(-1, chosen_TK), chosen_TK
         return top_TK.softmax(dim=-1), chosen_TK
 
     def forward(self, hidden_states):
