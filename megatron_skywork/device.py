@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import resource
 import sys
@@ -180,8 +181,49 @@ def _redirect_torch_to_cpu() -> None:
     # pipeline_parallel/schedules.py, optimizer/*.py: factories with device="cuda"; dist_checkpointing/mapping.py binds torch.empty as a default.
     for factory in ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "zeros_like", "ones_like", "empty_like", "full_like"):
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
+    # tensor_parallel/random.py warns when the CPU generator moves inside a fork of the "GPU" one; here they are the same generator.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    torch.distributed.all_gather = _gather_uneven(torch.distributed.all_gather)
+    torch.distributed.reduce_scatter = _reduce_scatter_uneven(torch.distributed.reduce_scatter)
     # jit.py turns small functions into torch.compile; on CPU that costs a C++ build per function and wins nothing at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _gather_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
+    """gloo gathers equal sizes only; expert tensor parallelism (tensor_parallel/mappings.py) gathers what was routed to each rank. Pad, gather, cut."""
+
+    @functools.wraps(all_gather)
+    def gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if len({part.shape for part in tensor_list}) == 1:
+            return all_gather(tensor_list, tensor, group=group, async_op=async_op)
+        rows = max(part.shape[0] for part in tensor_list)
+        padded = [tensor.new_empty(rows, *tensor.shape[1:]) for _ in tensor_list]
+        all_gather(padded, _with_rows(tensor, rows), group=group)
+        for part, whole in zip(tensor_list, padded, strict=True):
+            part.copy_(whole[: part.shape[0]])
+        return None
+
+    return gather
+
+
+def _reduce_scatter_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """The way back of `_gather_uneven`."""
+
+    @functools.wraps(reduce_scatter)
+    def scatter(output: torch.Tensor, input_list: list[torch.Tensor], op: Any = torch.distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if len({part.shape for part in input_list}) == 1:
+            return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+        rows = max(part.shape[0] for part in input_list)
+        whole = output.new_empty(rows, *output.shape[1:])
+        reduce_scatter(whole, [_with_rows(part, rows) for part in input_list], op=op, group=group)
+        output.copy_(whole[: output.shape[0]])
+        return None
+
+    return scatter
+
+
+def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -55,6 +55,7 @@ class FusedAdamW(torch.optim.Optimizer):
         params: parameters or groups.
         lr, betas, eps, weight_decay: the usual.
         adam_w_mode: megatron-core says whether decay is decoupled; only that is built here.
+        capturable: megatron-core 0.19 says whether the step is captured in a CUDA graph; the kernel does not mind.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ):
         if not adam_w_mode:
             raise ValueError("FusedAdamW decays weights apart from the gradient; adam_w_mode=False is another optimizer")
@@ -123,8 +125,8 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
+        use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap,
     )
     optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

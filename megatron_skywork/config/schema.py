@@ -124,7 +124,6 @@ class Parallel(Section):
     recompute_layers: Positive | None = Field(None, description="With recompute=full: layers recomputed per stage; unset means all.")
     recompute_modules: list[Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts"]] = Field(
         ["core_attn"], description="With recompute=selective: the modules.")
-    distributed_optimizer: bool = Field(True, description="Shard optimizer state over data-parallel ranks (ZeRO-1).")
     overlap: bool = Field(False, description="Overlap gradient reduction and parameter gathering with compute.")
     gpus_per_node: Positive = Field(8, description="Ranks per node, used to tell which groups cross nodes.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -60,19 +61,30 @@ def wrap_for_training(config: Config, chunks: list[GPTModel]) -> list[Distribute
     """Half precision and data parallelism around each chunk. Gradients are kept and reduced in fp32."""
     transformer = chunks[0].config
     data_parallel = DistributedDataParallelConfig(
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=config.parallel.overlap,
-        overlap_param_gather=config.parallel.overlap and config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap,
     )
     wrapped = []
-    for number, chunk in enumerate(chunks):
+    for chunk in chunks:
         module: torch.nn.Module = Float16Module(transformer, chunk) if config.train.precision != "fp32" else chunk
-        # Later virtual stages are reduced in one piece: their gradients become ready together, and bucketing them would only cut the messages up.
-        wrapped.append(DistributedDataParallel(transformer, data_parallel, module, disable_bucketing=number > 0))
+        # Bucketing stays on for every chunk. Turned off, megatron-core coalesces bf16 weights and fp32 routers into one collective, and gloo mixes them up.
+        wrapped.append(DistributedDataParallel(transformer, data_parallel, module))
     for chunk in wrapped:
         chunk.broadcast_params()
     return wrapped
+
+
+@contextlib.contextmanager
+def parameters_gathered(chunks: list[Any]) -> Iterator[None]:
+    """Inside, weights are those of the last update, on every rank. With overlap they are gathered only when the next training forward comes by."""
+    lazy = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in lazy:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in lazy:
+        chunk.enable_forward_pre_hook()
 
 
 def unwrap(chunk: Any) -> GPTModel:

@@ -61,8 +61,6 @@ def notes(config: Config, world_size: int) -> list[str]:
         said.append(f"parallel.etp={p.etp}: on CPU ranks (gloo) the gathering of uneven token counts is padded, which is slower; GPUs are not affected")
     if moe is not None and moe.capacity_factor is not None:
         said.append("moe.capacity_factor applies to the tokens of one rank after the sequence is split, so which tokens drop depends on the layout")
-    if p.overlap and not p.distributed_optimizer:
-        said.append("parallel.overlap without distributed_optimizer overlaps the gradients only: there are no parameters to gather")
     if config.megatron:
         said.append("the megatron section is not looked at by these counts: " + ", ".join(config.megatron))
     if world_size % p.gpus_per_node and world_size > p.gpus_per_node:

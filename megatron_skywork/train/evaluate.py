@@ -6,39 +6,28 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from megatron_skywork import device
 from megatron_skywork.config.schema import Config
 from megatron_skywork.metrics.record import MetricBuffer
+from megatron_skywork.model.build import parameters_gathered
 from megatron_skywork.train.step import Batch, run_schedule
 
 
 @torch.no_grad()
 def evaluate(config: Config, chunks: list[Any], loaders: dict[str, Iterable[Batch]]) -> dict[str, float]:
     """Loss per named validation set, the same on every rank. The model is left in training mode."""
-    gathers_ahead = config.parallel.overlap and config.parallel.distributed_optimizer
-    for chunk in chunks:
-        chunk.eval()
-        if gathers_ahead:
-            # These hooks gather parameters for the forward pass that follows an update; here there is no update.
-            chunk.disable_forward_pre_hook()
     buffer = MetricBuffer(device.current())
-    for name, loader in loaders.items():
-        buffer.declare(name, "mean")
-        loss_sum, num_tokens = run_schedule(config, chunks, _padded(config, list(loader)), forward_only=True)
-        if loss_sum is not None and num_tokens is not None:
-            buffer.add(name, _mean(loss_sum, num_tokens), "mean", weight=num_tokens)
-    losses = buffer.reduce()
-    for chunk in chunks:
-        if gathers_ahead:
-            chunk.enable_forward_pre_hook()
-        chunk.train()
-    return losses
-
-
-def _mean(loss_sum: Tensor, num_tokens: Tensor) -> Tensor:
-    return loss_sum / num_tokens.clamp(min=1)
+    with parameters_gathered(chunks):
+        for chunk in chunks:
+            chunk.eval()
+        for name, loader in loaders.items():
+            buffer.declare(name, "mean")
+            loss_sum, num_tokens = run_schedule(config, chunks, _padded(config, list(loader)), forward_only=True)
+            if loss_sum is not None and num_tokens is not None:
+                buffer.add(name, loss_sum / num_tokens.clamp(min=1), "mean", weight=num_tokens)
+        for chunk in chunks:
+            chunk.train()
+    return buffer.reduce()
 
 
 def _padded(config: Config, batches: list[Batch]) -> list[Batch]:

@@ -81,8 +81,7 @@ def connect_schedule(config: Config, chunks: list[Any], optimizer: Any) -> None:
     transformer.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     if config.parallel.overlap and len(chunks) > 1:
         transformer.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-        if config.parallel.distributed_optimizer:
-            transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+        transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
 def run_schedule(config: Config, chunks: list[Any], batches: list[Batch], *, forward_only: bool) -> tuple[Tensor | None, Tensor | None]:

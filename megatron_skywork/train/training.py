@@ -19,7 +19,7 @@ from megatron_skywork.errors import CheckpointError, TrainingError
 from megatron_skywork.metrics.record import MetricBuffer
 from megatron_skywork.metrics.throughput import PhaseTimer, formulas, peak_tflops, throughput
 from megatron_skywork.metrics.writers import open_writers
-from megatron_skywork.model.build import build_chunks, wrap_for_training
+from megatron_skywork.model.build import build_chunks, parameters_gathered, wrap_for_training
 from megatron_skywork.moe.router_state import gather_router_metrics
 from megatron_skywork.optim import build_optimizer
 from megatron_skywork.plan.flops import formula_text, train_flops_per_token
@@ -165,7 +165,8 @@ class Training:
     def save(self) -> None:
         """A checkpoint of this step."""
         started = time.perf_counter()
-        folder = checkpoint.save(self.config, self.state, self.chunks, self.optimizer)
+        with parameters_gathered(self.chunks):
+            folder = checkpoint.save(self.config, self.state, self.chunks, self.optimizer)
         self.writers.event("save", self.state.step, folder=str(folder), seconds=time.perf_counter() - started)
 
     # ------------------------------------------------------------------------------------------------------------------------ questions
