@@ -76,15 +76,20 @@ class FusedAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
+            group["step"] += 1
             params = [param for param in group["params"] if param.grad is not None]
             if params:
                 self._update(params, group)
 
+    def allocate(self) -> None:
+        """Make the moments now: a run that has refused all its steps so far (fp16 looking for its scale) must be able to save, too."""
+        for group in self.param_groups:
+            group.setdefault("step", 0)
+            for param in group["params"]:
+                if not self.state[param]:
+                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
         # The kernel counts steps itself, in one tensor per parameter; unbinding a single tensor makes them in one launch.
         steps = list(torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind())
         beta1, beta2 = group["betas"]
@@ -125,6 +130,8 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
+        # Where fp16's loss scale starts; it halves at each overflow. megatron-core's 2^32 spends some twenty steps on coming down.
+        initial_loss_scale=2.0**16,
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap,
     )
@@ -132,6 +139,8 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             _number_mixed_groups(part)
+            if isinstance(part.optimizer, FusedAdamW):
+                part.optimizer.allocate()
     _refuse_nonfinite_norm(optimizer)
     return optimizer
 

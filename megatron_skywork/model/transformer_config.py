@@ -30,6 +30,12 @@ def choose_backend(config: Config) -> str:
     backend = "te" if wanted != "torch" and usable else "torch"
     if config.parallel.cp > 1 and backend != "te":
         raise ConfigError(f"parallel.cp={config.parallel.cp} needs Transformer Engine's attention; install the extra `te` on a GPU, or set parallel.cp=1")
+    fused_only = sorted({"layernorm", "moe_act"} & set(config.parallel.recompute_modules)) if config.parallel.recompute == "selective" else []
+    if fused_only and backend != "te":
+        raise ConfigError(
+            f"parallel.recompute_modules={fused_only}: recomputing these needs Transformer Engine (backend te); "
+            "use core_attn, mlp, moe or shared_experts, or parallel.recompute=full"
+        )
     return backend
 
 
