@@ -182,6 +182,8 @@ def test_generation_with_cache_equals_generation_without(dense: dict[str, Path],
 def test_the_gate_stays_in_fp32_when_loaded_in_half_precision(dense: dict[str, Path], tmp_path: Path):
     upcycle(dense["llama"], tmp_path / "moe", OPTIONS)
     export_hf(tmp_path / "moe", tmp_path / "hf", dtype="bf16")
+    stored = all_tensors(tmp_path / "hf")["model.layers.0.block_sparse_moe.gate.weight"]
+    assert torch.equal(stored, DistributedReader(tmp_path / "moe").read("decoder.layers.0.mlp.router.weight")), "not rounded on the way either"
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True, dtype="auto")
     layer = model.model.layers[0]
     assert layer.block_sparse_moe.gate.weight.dtype == torch.float32 and layer.block_sparse_moe.experts[0].w1.weight.dtype == torch.bfloat16

