@@ -130,8 +130,9 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
-        # Where fp16's loss scale starts; it halves at each overflow. megatron-core's 2^32 spends some twenty steps on coming down.
-        initial_loss_scale=2.0**16,
+        # Where fp16's loss scale starts; it halves on overflow and doubles after a quiet while. Losses are summed over tokens here, so gradients are larger
+        # than those of a mean by the tokens of a micro-batch; megatron-core's 2^32 would spend dozens of steps on coming down.
+        initial_loss_scale=2.0**8,
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap,
     )
