@@ -34,7 +34,9 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
 }  # fmt: skip
 # What saved random states are made of; arrays of numbers, nothing that can act.
-_ARRAYS: list[Any] = [numpy.zeros(1).__reduce__()[0], numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32")), type(numpy.dtype("int64")), type(numpy.dtype("float64"))]
+_ARRAYS: list[Any] = [
+    numpy.zeros(1).__reduce__()[0], numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32")), type(numpy.dtype("int64")), type(numpy.dtype("float64")),
+]  # fmt: skip
 _MODULES = {module.__name__: module for module in (metadata, planner, filesystem)}
 
 
