@@ -41,6 +41,7 @@ from megatron_skywork.convert.safe_pickle import check_metadata
 from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
+from megatron_skywork.optim_state import save_without_copies
 
 # `non_homogeneous_layers`: one key per layer, so that a layer's key does not depend on how layers are spread over stages.
 LAYOUT_FREE = {"non_homogeneous_layers": True, "singleton_local_shards": False}
@@ -127,6 +128,7 @@ def save(config: Config, state: TrainState, chunks: list[Any], optimizer: Megatr
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     torch.distributed.barrier()
+    save_without_copies(optimizer)
     weights = _weights(chunks)
     content = {
         **weights,
@@ -161,6 +163,7 @@ def load(config: Config, folder: Path, chunks: list[Any], optimizer: MegatronOpt
         state = TrainState(saved["step"], saved["samples"], saved["tokens"])
     except (OSError, ValueError, KeyError) as damage:
         raise CheckpointError(f"{folder / 'state.json'}: cannot be read ({damage}); use another checkpoint of this run") from damage
+    save_without_copies(optimizer)
     weights = _weights(chunks)
     wanted = {**weights, "optimizer": optimizer.sharded_state_dict(_merged(weights), is_loading=True, metadata=OPTIMIZER_LAYOUT)}
     same_layout = saved.get("layout") == _layout(config)

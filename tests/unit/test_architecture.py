@@ -24,7 +24,7 @@ LAYERS = [
     {"parallel"},
     {"model"},
     {"data"},
-    {"optim", "checkpoint"},
+    {"optim", "optim_state", "checkpoint"},
     {"train"},
     {"report"},
     {"cli"},
