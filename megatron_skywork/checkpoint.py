@@ -45,7 +45,7 @@ from megatron_skywork.optim_state import save_without_copies
 
 # `non_homogeneous_layers`: one key per layer, so that a layer's key does not depend on how layers are spread over stages.
 LAYOUT_FREE = {"non_homogeneous_layers": True, "singleton_local_shards": False}
-OPTIMIZER_LAYOUT = {**LAYOUT_FREE, "distrib_optim_sharding_type": "fully_reshardable"}
+OPTIMIZER_LAYOUT = {**LAYOUT_FREE, "chained_optim_avoid_prefix": True, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass
@@ -195,12 +195,13 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(wanted, str(folder))
     except (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError) as failure:
-        raise CheckpointError(f"{folder} does not fit this model: {_first_line(failure)}") from failure
+        raise CheckpointError(f"{folder} does not fit this model: {_gist(failure)}") from failure
 
 
-def _first_line(failure: BaseException) -> str:
+def _gist(failure: BaseException) -> str:
+    """The last line of a long message, without the list of every name that is there."""
     lines = [line for line in str(failure).splitlines() if line.strip()]
-    return " ".join(lines[-2:]) if lines else type(failure).__name__
+    return lines[-1].split(": [")[0][:400].strip() if lines else type(failure).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------------------- state dicts

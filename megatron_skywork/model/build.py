@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_skywork import device
 from megatron_skywork.config.schema import Config
@@ -54,7 +55,20 @@ def _chunk(config: Config, transformer: SkyworkTransformerConfig, backend: str, 
             rotary_base=config.model.rope_theta,
             vp_stage=vp_stage,
         )
+    _mark_experts(chunk)
     return chunk.to(device.current())
+
+
+def _mark_experts(chunk: GPTModel) -> None:
+    """Have the gradients of every expert reduced over the ranks that hold it.
+
+    megatron-core marks experts as such only when they are spread (ep > 1) and otherwise reduces them over the attention's data-parallel ranks, which are
+    others as soon as the tensor-parallel degrees of attention and experts differ.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def wrap_for_training(config: Config, chunks: list[GPTModel]) -> list[DistributedDataParallel]:

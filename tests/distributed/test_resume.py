@@ -1,0 +1,96 @@
+"""A run that is stopped and started again is the run that was never stopped, bit for bit: losses, norms, and every byte of its last checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from ranks import RankPool
+from training_bodies import BASE, merged, records, train
+
+from megatron_skywork.errors import CheckpointError
+
+# Everything that has a state: dropping, adaptive coefficients, accumulation, dropout, half precision.
+EVENTFUL = {
+    "model": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "moe": {"capacity_factor": 1.0, "adaptive": {"enabled": True, "momentum": 0.5}, "z_loss_coefficient": 1e-3},
+    "train": {"steps": 6, "precision": "bf16"},
+}
+RUNS = {
+    "one rank": (1, {}, {}),
+    "ep2": (2, {"ep": 2}, {}),
+    "tp2-pp2": (4, {"tp": 2, "pp": 2, "ep": 2}, {}),
+    "interleaved": (2, {"pp": 2, "vpp": 2}, {}),
+    "dense, fp16": (2, {}, {"moe": None, "train": {"precision": "fp16"}}),
+}
+
+
+def _bytes(run_dir: Path, step: int) -> dict[str, str]:
+    files = sorted((run_dir / "checkpoints" / f"step_{step:08d}").glob("*.distcp"))
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_equals_not_stopping(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    world_size, parallel, more = RUNS[name]
+    settings = merged(BASE, EVENTFUL, {"parallel": parallel}, more)
+    ranks.run(world_size, train, merged(settings, {"run_dir": str(tmp_path / "whole")}))
+    halves = merged(settings, {"run_dir": str(tmp_path / "halves")})
+    ranks.run(world_size, train, merged(halves, {"train": {"stop_at_step": 3}}))
+    ranks.run(world_size, train, halves)
+    for expected, found in zip(records(tmp_path / "whole"), records(tmp_path / "halves"), strict=True):
+        for field in ("step", "loss", "grad_norm", "learning_rate", "tokens", "samples", "router"):
+            assert found.get(field) == expected.get(field), (expected["step"], field)
+    assert _bytes(tmp_path / "halves", 6) == _bytes(tmp_path / "whole", 6)
+
+
+def test_retention_keeps_the_newest_and_a_damaged_one_is_passed_over(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(BASE, {"run_dir": str(tmp_path), "train": {"steps": 5}, "checkpoint": {"every": 1, "keep": 2}})
+    ranks.run(1, train, settings)
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step_00000004", "step_00000005"]
+    whole = records(tmp_path)
+    shard = next(folders[-1].glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    ranks.run(1, train, settings)
+    events = [event["event"] for event in records(tmp_path, "event")]
+    assert "resume" in events and records(tmp_path)[-1]["loss"] == whole[-1]["loss"]
+    # A save that died leaves a folder without its marker: never loaded, and cleared away by the next save.
+    (folders[-1] / "complete.json").unlink()
+    (tmp_path / "checkpoints" / "step_00000009").mkdir()
+    ranks.run(1, train, settings)
+    assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000004", "step_00000005"]
+
+
+def test_a_run_never_starts_over_silently(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(BASE, {"run_dir": str(tmp_path), "train": {"steps": 2}})
+    ranks.run(1, train, settings)
+    with pytest.raises(AssertionError, match="checkpoint.resume is none"):
+        ranks.run(1, train, merged(settings, {"checkpoint": {"resume": "none"}}))
+    shard = next((tmp_path / "checkpoints").glob("*/*.distcp"))
+    shard.write_bytes(b"")
+    with pytest.raises(AssertionError, match="every checkpoint of this run is damaged"):
+        ranks.run(1, train, settings)
+
+
+def test_weights_that_do_not_fit_are_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(1, train, merged(BASE, {"run_dir": str(tmp_path / "a"), "train": {"steps": 1}}))
+    folder = tmp_path / "a" / "checkpoints" / "step_00000001"
+    wider = {"run_dir": str(tmp_path / "b"), "model": {"hidden_size": 64}, "checkpoint": {"init_from": str(folder)}}
+    with pytest.raises(AssertionError, match=CheckpointError.__name__):
+        ranks.run(1, train, merged(BASE, wider))
+    # The router's coefficient is part of the state: a checkpoint without it must not be resumed as if it had one.
+    adaptive = {"moe": {"adaptive": {"enabled": True}, "capacity_factor": 2.0}}
+    shutil.copytree(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(AssertionError, match=CheckpointError.__name__):
+        ranks.run(1, train, merged(BASE, adaptive, {"run_dir": str(tmp_path / "c"), "train": {"steps": 2}}))
+
+
+def test_state_says_what_was_done(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, train, merged(BASE, {"run_dir": str(tmp_path), "train": {"steps": 2}}))
+    state = json.loads((tmp_path / "checkpoints" / "step_00000002" / "state.json").read_text())
+    assert (state["step"], state["samples"], state["tokens"]) == (2, 16, 16 * 16)
+    assert state["layout"]["world_size"] == 2 and state["versions"]["megatron_core"]

@@ -1,0 +1,75 @@
+"""What ranks do in the tests of training: build a small run from settings, train, and report in plain numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "model": {
+        "num_layers": 4,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 4,
+        "vocab_size": 100,
+        "max_position_embeddings": 32,
+        "backend": "torch",
+    },
+    "moe": {"num_experts": 4, "topk": 2, "aux_loss": "report", "router_init_std": 0.1},
+    "data": {"mock": True, "seq_length": 16, "num_workers": 0},
+    "optim": {"lr": 3e-3, "schedule": "constant", "warmup_steps": 2},
+    "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32"},
+    "metrics": {"router": True},
+}
+
+
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Settings laid over each other, section by section."""
+    result: dict[str, Any] = {}
+    for part in parts:
+        for section, fields in part.items():
+            result[section] = {**result.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    return result
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Run settings to their end, as launch/pretrain_moe.py does; everything to look at is in the run's folder."""
+    from megatron_skywork import parallel
+    from megatron_skywork.config.load import check_config
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.train.loop import train as loop
+    from megatron_skywork.train.signals import StopRequest
+    from megatron_skywork.train.training import Training
+
+    import torch
+
+    config = Config(**settings)
+    check_config(config, torch.distributed.get_world_size())
+    training = Training(config, parallel.start(config))
+    loop(training, StopRequest())
+    training.close()
+
+
+def save_initial(settings: dict[str, Any]) -> None:
+    """Write fresh weights as a checkpoint of step 0, for other layouts to start from."""
+    from megatron_skywork import checkpoint, parallel
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.train.training import Training
+
+    config = Config(**settings)
+    training = Training(config, parallel.start(config))
+    checkpoint.save(config, training.state, training.chunks, training.optimizer)
+    training.close()
+
+
+def records(run_dir: Path | str, kind: str = "step") -> list[dict[str, Any]]:
+    """Records of a run, of one kind."""
+    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(run_dir: Path | str) -> list[float]:
+    """Loss of each step."""
+    return [record["loss"] for record in records(run_dir)]
