@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
     },
     "moe": {"num_experts": 4, "topk": 2, "aux_loss": "report", "router_init_std": 0.1},
     "data": {"mock": True, "seq_length": 16, "num_workers": 0},
-    "optim": {"lr": 3e-3, "schedule": "constant", "warmup_steps": 2},
+    "optim": {"lr": 3e-3, "schedule": "constant"},
     "train": {"steps": 20, "global_batch_size": 8, "micro_batch_size": 1, "precision": "fp32"},
     "metrics": {"router": True},
 }

@@ -11,6 +11,7 @@ import platform
 import socket
 import sys
 import time
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def run_training(config: Config) -> int:
     Raises:
         UserError: settings, data or checkpoint were refused; the status says so.
     """
+    # Libraries' advice to their own developers, once per rank, would bury the first lines of a run.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     device.prepare()
     # megatron-core may be imported only after that.
     from megatron_skywork import parallel
