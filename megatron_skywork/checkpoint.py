@@ -185,9 +185,8 @@ def load_weights(folder: Path, chunks: list[Any]) -> None:
     """
     check_marker(folder)
     check_metadata(folder)
-    wanted = {
-        name: {key: value for key, value in content.items() if not key.endswith(("_extra_state", COEFFICIENT_NAME))} for name, content in _weights(chunks).items()
-    }
+    left_out = ("_extra_state", COEFFICIENT_NAME)
+    wanted = {name: {key: value for key, value in content.items() if not key.endswith(left_out)} for name, content in _weights(chunks).items()}
     _put_weights(chunks, _read(wanted, folder), partial=True)
 
 
@@ -215,7 +214,7 @@ def _weights(chunks: list[Any]) -> dict[str, Any]:
 
 def _merged(weights: dict[str, Any]) -> dict[str, Any]:
     """What the optimizer looks weights up in: megatron-core wants the chunks as they are named when there are several."""
-    return weights["model"] if "model" in weights else weights
+    return weights.get("model", weights)
 
 
 def _put_weights(chunks: list[Any], content: dict[str, Any], partial: bool = False) -> None:

@@ -208,9 +208,10 @@ def _gather_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reduce_scatter_uneven(reduce_scatter: Callable[..., Any]) -> Callable[..., Any]:
     """The way back of `_gather_uneven`."""
+    sum_up = torch.distributed.ReduceOp.SUM
 
     @functools.wraps(reduce_scatter)
-    def scatter(output: torch.Tensor, input_list: list[torch.Tensor], op: Any = torch.distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    def scatter(output: torch.Tensor, input_list: list[torch.Tensor], op: Any = sum_up, group: Any = None, async_op: bool = False) -> Any:
         if len({part.shape for part in input_list}) == 1:
             return reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
         rows = max(part.shape[0] for part in input_list)

@@ -90,7 +90,7 @@ def _serve(tasks: Any, answers: Any) -> None:
 
     from megatron_skywork import device
 
-    sys.stdout = open(os.devnull, "w")  # a run's console lines; what matters comes back as a result
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  a run's console lines; what matters comes back as a result
     torch.set_num_threads(1)
     device.prepare()
     from megatron_skywork import parallel  # imports megatron-core, so only now

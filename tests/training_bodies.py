@@ -36,14 +36,14 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
 
 def train(settings: dict[str, Any]) -> None:
     """Run settings to their end, as launch/pretrain_moe.py does; everything to look at is in the run's folder."""
+    import torch
+
     from megatron_skywork import parallel
     from megatron_skywork.config.load import check_config
     from megatron_skywork.config.schema import Config
     from megatron_skywork.train.loop import train as loop
     from megatron_skywork.train.signals import StopRequest
     from megatron_skywork.train.training import Training
-
-    import torch
 
     config = Config(**settings)
     check_config(config, torch.distributed.get_world_size())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+
 from megatron_skywork import device
 from megatron_skywork.config.schema import Config
 from megatron_skywork.metrics.record import MetricBuffer
@@ -14,7 +15,7 @@ from megatron_skywork.train.step import Batch, run_schedule
 
 
 @torch.no_grad()
-def evaluate(config: Config, chunks: list[Any], loaders: dict[str, Iterable[Batch]]) -> dict[str, float]:
+def evaluate(config: Config, chunks: list[Any], loaders: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
     """Loss per named validation set, the same on every rank. The model is left in training mode."""
     buffer = MetricBuffer(device.current())
     with parameters_gathered(chunks):

@@ -153,7 +153,8 @@ class Training:
         limit = self.config.train.max_nonfinite_steps
         if self.refused_in_a_row >= limit:
             raise TrainingError(
-                f"{limit} steps in a row, up to step {self.state.step}, had a loss or gradient that is not finite (gradient norm {result.grad_norm}); none was applied. "
+                f"{limit} steps in a row, up to step {self.state.step}, had a loss or gradient that is not finite "
+                f"(gradient norm {result.grad_norm}); none was applied. "
                 "Lower optim.lr, look at the data of these steps, or raise train.max_nonfinite_steps"
             )
 

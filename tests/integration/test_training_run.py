@@ -55,7 +55,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: sig
     step = status["step"]
     assert [record["step"] for record in records(run_dir)] == list(range(1, step + 1))
     assert (run_dir / "checkpoints" / f"step_{step:08d}" / "complete.json").is_file()
-    again = subprocess.run(_command(run_dir, "train.steps=100000", f"train.stop_at_step={step + 2}"), cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
+    command = _command(run_dir, "train.steps=100000", f"train.stop_at_step={step + 2}")
+    again = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240)
     assert again.returncode == 0, again.stderr[-2000:]
     assert [record["step"] for record in records(run_dir)] == list(range(1, step + 3))
     events = [event["event"] for event in records(run_dir, "event") if event["event"] != "header_changed"]
