@@ -85,7 +85,7 @@ class Moe(Section):
     gate_norm_scale: float = Field(1.0, gt=0, description="lambda of the report: standard deviation of the normalized logits.")
     gate_norm_epsilon: float = Field(1e-6, gt=0, description="Added to the variance under the root, so that equal logits give a uniform gate instead of NaN.")
     gate_norm_unbiased: bool = Field(True, description="Divide by the unbiased standard deviation (ddof 1), as the released model does.")
-    capacity_factor: float | None = Field(None, gt=0, description="Slots per expert over the even share; over-capacity tokens are dropped. Unset: nothing is dropped.")
+    capacity_factor: float | None = Field(None, gt=0, description="Slots per expert over the even share; in training, tokens above that are dropped. Unset: nothing is dropped.")
     pad_to_capacity: bool = Field(False, description="Pad every expert's input to its capacity, so that shapes never change.")
     drop_policy: Literal["probs", "position"] = Field("probs", description="Which tokens an overfull expert keeps: the most probable, or the first.")
     aux_loss: Literal["none", "switch", "report"] = Field("switch", description="Load-balancing loss: Switch Transformer's n * sum f_j P_j, or equation 4 of the Skywork-MoE report.")

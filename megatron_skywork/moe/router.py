@@ -129,7 +129,8 @@ class SkyworkRouter(TopKRouter):
             router_replay=self.router_replay,
         )
         kept_TE = routed_TE
-        if self.config.moe_expert_capacity_factor is not None:
+        # An evaluation measures the model that is exported, which drops nothing; only fixed shapes keep the limit.
+        if self.config.moe_expert_capacity_factor is not None and (self.training or self.config.moe_pad_expert_input_to_capacity):
             probs_TE, kept_TE = apply_router_token_dropping(
                 probs_TE,
                 routed_TE,

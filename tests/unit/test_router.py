@@ -138,6 +138,16 @@ def test_bf16_activations_are_gated_in_fp32():
 # ---------------------------------------------------------------------------------------------------------------------------- dropping
 
 
+def test_an_evaluation_drops_nothing():
+    router, free = _router(capacity_factor=0.5), _router(aux_loss="none")
+    padded = _router(capacity_factor=0.5, pad_to_capacity=True)
+    assert router(_hidden())[1].sum() < free(_hidden())[1].sum()
+    for one in (router, padded):
+        one.eval()
+    torch.testing.assert_close(router(_hidden()), free(_hidden()))
+    assert (padded(_hidden())[0] > 0).sum() < free(_hidden())[1].sum()  # shapes stay fixed
+
+
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize("policy", ["probs", "position"])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.1, 3.9])
