@@ -146,10 +146,11 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
     return optimizer
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
-    """Give every parameter group this learning rate."""
+def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: float) -> None:
+    """Give every parameter group its learning rate and weight decay; megatron-core marks norms and biases with `wd_mult` 0 and leaves applying it to us."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = learning_rate
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
 def guarded_step(optimizer: MegatronOptimizer) -> tuple[bool, float]:

@@ -22,7 +22,7 @@ from megatron_skywork import device, parallel
 from megatron_skywork.config.schema import Config
 from megatron_skywork.metrics.throughput import PhaseTimer
 from megatron_skywork.moe.router_state import RouterSummary, find_routers, update_coefficients
-from megatron_skywork.optim import guarded_step, learning_rate, set_learning_rate
+from megatron_skywork.optim import guarded_step, learning_rate, set_rates
 
 Batch = dict[str, Tensor]
 
@@ -67,7 +67,7 @@ class TrainStep:
             loss_sum, num_tokens = run_schedule(self._config, self._chunks, batches, forward_only=False)
         with self._timer.phase("optimizer"):
             rate = learning_rate(step, self._config.optim, self._config.train.steps)
-            set_learning_rate(self._optimizer, rate)
+            set_rates(self._optimizer, rate, self._config.optim.weight_decay)
             applied, grad_norm = guarded_step(self._optimizer)
             routers = update_coefficients(self._routers, parallel.token_group(), skipped=not applied)
         return StepResult(loss_sum, num_tokens, grad_norm, rate, applied, routers)
