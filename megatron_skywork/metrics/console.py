@@ -92,7 +92,8 @@ class ConsoleWriter:
         self._line(f"evaluation at step {record['step']}  {losses}")
 
     def event(self, record: Mapping[str, Any]) -> None:
-        details = "  ".join(f"{key}={value}" for key, value in record.items() if key not in ("kind", "event", "step", "time"))
+        shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in record.items() if key not in ("kind", "event", "step", "time")}
+        details = "  ".join(f"{key}={value}" for key, value in shown.items())
         self._line(f"{record['event']} at step {record['step']}" + (f"  {details}" if details else ""))
 
     def close(self) -> None:
