@@ -42,11 +42,13 @@ def start(config: Config) -> Coordinates:
     """
     device.select(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
+        # Naming the device binds NCCL to it; otherwise the first barrier has to guess.
+        bound = device.current() if device.has_gpu() else None
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(device.backend(), timeout=GROUP_TIMEOUT)
+            torch.distributed.init_process_group(device.backend(), timeout=GROUP_TIMEOUT, device_id=bound)
         else:
             store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
-            torch.distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+            torch.distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT, device_id=bound)
     build_groups(config.parallel)
     seed_everything(config.train.seed)
     return coordinates()
