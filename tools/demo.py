@@ -229,12 +229,12 @@ def check_machine(plan: Plan, on_gpu: bool) -> None:
         raise TooSmall(f"about {needed / GIB:.0f} GiB of free disk space are needed under {ROOT} and {free / GIB:.1f} GiB are there")
 
 
-def summarize(plan: Plan, runner: Runner, on_gpu: bool) -> dict:
-    """What the demo found, as it is written to summary.json."""
+def write_summary(plan: Plan, runner: Runner, on_gpu: bool) -> dict:
+    """Write summary.json: what the demo found."""
     losses, resumed, text = held_out_losses(plan), result_of(plan, "compare"), result_of(plan, "generate")
     compared = f"loss, gradient norm, learning rate and tokens of steps 1 to {COMPARE_STEP}, exactly; "
     compared += f"tensor files of the step-{COMPARE_STEP} checkpoint, byte for byte"
-    return {
+    summary = {
         "stages": [{name: record[name] for name in ("name", "seconds", "reused", "peak_memory_bytes", "commands")} for record in runner.records],
         "seconds": round(sum(record["seconds"] for record in runner.records), 1),
         "held_out_loss": {"before": losses[0], "after": losses[-1]},
@@ -249,6 +249,8 @@ def summarize(plan: Plan, runner: Runner, on_gpu: bool) -> dict:
         "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")} | {"python": sys.version.split()[0]},
         "report": str(plan.path("report.html")),
     }
+    (ROOT / plan.path("summary.json")).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return summary
 
 
 def failures(summary: dict) -> list[str]:
@@ -286,12 +288,14 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{plan.num_processes} of {gpus} GPUs" if gpus else f"{os.cpu_count()} CPU cores"
         print(f"demo on {where}; what each stage types and prints is in {plan.out}/logs/STAGE.log", flush=True)
         runner = Runner(ROOT / plan.out, ROOT, environment(plan.num_processes), seed=megatron_skywork.__version__)
-        runner.run_all(stages(plan))
-        summary = summarize(plan, runner, on_gpu=gpus > 0)
+        *work, report = stages(plan)
+        runner.run_all(work, total=len(work) + 1)
+        write_summary(plan, runner, on_gpu=gpus > 0)  # the report shows it
+        runner.run_all([report], total=len(work) + 1)
+        summary = write_summary(plan, runner, on_gpu=gpus > 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    (ROOT / plan.path("summary.json")).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"\n{summary['generated']['prompt']}{summary['generated']['text']}\n")
     for problem in failures(summary):
         print(f"NOT SHOWN: {problem}")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,16 +146,17 @@ class Runner:
         self.key = hashlib.sha256(seed.encode()).hexdigest()
         self.records: list[dict] = []
 
-    def run_all(self, stages: Iterable[Stage]) -> None:
+    def run_all(self, stages: Sequence[Stage], total: int | None = None) -> None:
         """Run what is not finished, one printed line each.
+
+        Args:
+            total: stages of the whole work, where it is given in several parts.
 
         Raises:
             StageFailed: a command ended with an error; the end of its log is in the message.
         """
-        stages = list(stages)
-        width = max(len(stage.name) for stage in stages)
-        for number, stage in enumerate(stages, start=1):
-            print(f"{number:3}/{len(stages)}  {stage.name:{width}}  {stage.says}", end="", flush=True)
+        for number, stage in enumerate(stages, start=len(self.records) + 1):
+            print(f"{number:3}/{total or len(stages)}  {stage.name:13}  {stage.says}", end="", flush=True)
             try:
                 record = self._run(stage)
             except StageFailed:
