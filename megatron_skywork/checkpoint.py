@@ -24,6 +24,7 @@ import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -41,11 +42,16 @@ from megatron_skywork.convert.safe_pickle import check_metadata
 from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
+from megatron_skywork.optim import apply_settings
 from megatron_skywork.optim_state import save_without_copies
 
 # `non_homogeneous_layers`: one key per layer, so that a layer's key does not depend on how layers are spread over stages.
 LAYOUT_FREE = {"non_homogeneous_layers": True, "singleton_local_shards": False}
 OPTIMIZER_LAYOUT = {**LAYOUT_FREE, "chained_optim_avoid_prefix": True, "distrib_optim_sharding_type": "fully_reshardable"}
+
+# Keys of weights begin with these; what ends so is state of a module, and a model may be without it.
+MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
+NOT_WEIGHTS = ("_extra_state", COEFFICIENT_NAME)
 
 
 @dataclass
@@ -101,11 +107,13 @@ def newest(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
-def retain(run_dir: Path, keep: int) -> list[Path]:
-    """Remove all but the newest `keep` complete folders, and what died saves left behind. Called after a save, so one good folder always stays."""
-    complete = complete_folders(run_dir)
-    unfinished = [folder for folder in (run_dir / "checkpoints").glob("step_*") if not is_complete(folder)]
-    removed = complete[:-keep] + unfinished
+def retain(run_dir: Path, keep: int, saved: Path) -> list[Path]:
+    """Remove all but the newest `keep` complete folders up to `saved`, the one just written, and what died saves left behind.
+
+    A folder of a later step was passed over as damaged when this run started; counted as one to keep, it could push out the good ones.
+    """
+    complete = [folder for folder in complete_folders(run_dir) if folder.name <= saved.name]
+    removed = [folder for folder in (run_dir / "checkpoints").glob("step_*") if folder not in complete[-keep:]]
     for folder in removed:
         # The marker goes first: a removal that is interrupted must not leave a folder that looks whole.
         (folder / "complete.json").unlink(missing_ok=True)
@@ -143,7 +151,7 @@ def save(config: Config, state: TrainState, chunks: list[Any], optimizer: Megatr
         (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         (folder / "state.json").write_text(json.dumps({**asdict(state), "layout": _layout(config), "versions": versions()}, indent=1), encoding="utf-8")
         write_marker(folder)
-        retain(Path(config.run_dir), config.checkpoint.keep)
+        retain(Path(config.run_dir), config.checkpoint.keep, folder)
     torch.distributed.barrier()
     return folder
 
@@ -172,6 +180,7 @@ def load(config: Config, folder: Path, chunks: list[Any], optimizer: MegatronOpt
     content = _read(wanted, folder)
     _put_weights(chunks, content)
     optimizer.load_state_dict(content["optimizer"])
+    apply_settings(optimizer, config.optim)
     if same_layout:
         _restore_rng(content["rng"])
     return state
@@ -185,16 +194,22 @@ def load_weights(folder: Path, chunks: list[Any]) -> None:
     """
     check_marker(folder)
     check_metadata(folder)
-    left_out = ("_extra_state", COEFFICIENT_NAME)
-    wanted = {name: {key: value for key, value in content.items() if not key.endswith(left_out)} for name, content in _weights(chunks).items()}
+    wanted = {name: {key: value for key, value in content.items() if not key.endswith(NOT_WEIGHTS)} for name, content in _weights(chunks).items()}
     _put_weights(chunks, _read(wanted, folder), partial=True)
 
 
 def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(wanted, str(folder))
+        content, left_over, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
     except (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError) as failure:
         raise CheckpointError(f"{folder} does not fit this model: {_gist(failure)}") from failure
+    # megatron-core would leave out what the model has no place for: half of the layers, biases, an output layer of its own.
+    weights = [key for key in left_over if key.startswith(MODEL_PARTS) and not key.endswith(NOT_WEIGHTS)]
+    for problem, keys in (("it has no", absent), ("the model has no place for its", weights)):
+        if keys:
+            first = ", ".join(sorted(map(str, keys))[:3])
+            raise CheckpointError(f"{folder} does not fit this model: {problem} {first}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}")
+    return content
 
 
 def _gist(failure: BaseException) -> str:
@@ -222,7 +237,7 @@ def _put_weights(chunks: list[Any], content: dict[str, Any], partial: bool = Fal
         tensors = content["model" if len(chunks) == 1 else f"model{number}"]
         outcome = unwrap(chunk).load_state_dict(tensors, strict=not partial)
         if partial:
-            missing = [key for key in outcome.missing_keys if not key.endswith(("_extra_state", COEFFICIENT_NAME))]
+            missing = [key for key in outcome.missing_keys if not key.endswith(NOT_WEIGHTS)]
             if missing or outcome.unexpected_keys:
                 raise CheckpointError(f"weights do not fit the model: missing {missing}, unexpected {outcome.unexpected_keys}")
 

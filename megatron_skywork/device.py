@@ -183,10 +183,37 @@ def _redirect_torch_to_cpu() -> None:
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
     # tensor_parallel/random.py warns when the CPU generator moves inside a fork of the "GPU" one; here they are the same generator.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    _share_one_gloo_device()
     torch.distributed.all_gather = _gather_uneven(torch.distributed.all_gather)
     torch.distributed.reduce_scatter = _reduce_scatter_uneven(torch.distributed.reduce_scatter)
     # jit.py turns small functions into torch.compile; on CPU that costs a C++ build per function and wins nothing at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _share_one_gloo_device() -> None:
+    """Let all groups of this process use one gloo device.
+
+    gloo opens a device, with a thread that polls it, for every group, and keeps it when the group is gone. parallel_state.py makes some thirty groups.
+    """
+    c10d: Any = torch.distributed.distributed_c10d
+    original = c10d.ProcessGroupGloo
+    shared: list[Any] = []
+
+    class StillGloo(type(original)):  # type: ignore[misc]
+        """A group that comes back from C++ is of the original class."""
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return type.__instancecheck__(original, instance)
+
+    class SharedDeviceGloo(original, metaclass=StillGloo):  # type: ignore[misc,valid-type]
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any):
+            if not shared:
+                shared.append(original.create_default_device())
+            options = original._Options()
+            options._devices, options._timeout = list(shared), timeout
+            super().__init__(store, rank, size, options)
+
+    c10d.ProcessGroupGloo = SharedDeviceGloo
 
 
 def _gather_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:

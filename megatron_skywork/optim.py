@@ -153,6 +153,12 @@ def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: 
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
 
+def apply_settings(optimizer: MegatronOptimizer, optim: Optim) -> None:
+    """Give every parameter group the settings of this start; a checkpoint brings back those it was saved with. Norms and biases stay without decay."""
+    for group in optimizer.param_groups:
+        group.update(weight_decay=optim.weight_decay * group["wd_mult"], betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+
 def guarded_step(optimizer: MegatronOptimizer) -> tuple[bool, float]:
     """Apply one update, unless a gradient is not finite.
 

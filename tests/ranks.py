@@ -7,6 +7,7 @@ function would run under NCCL, since it asks megatron_skywork.device for everyth
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import os
 import queue
@@ -102,7 +103,10 @@ def _serve(tasks: Any, answers: Any) -> None:
                 device.backend(), init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=120)
             )
             result, failure = function(*args), None
-            parallel.stop()
         except BaseException:
             result, failure = None, traceback.format_exc()
+        if failure is None:
+            gc.collect()  # models hold groups, and groups hold threads
+            parallel.stop()
+            gc.collect()
         answers.put((rank, result, failure))

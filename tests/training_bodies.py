@@ -49,7 +49,7 @@ def train(settings: dict[str, Any]) -> None:
     check_config(config, torch.distributed.get_world_size())
     training = Training(config, parallel.start(config))
     loop(training, StopRequest())
-    training.close()
+    release(training)
 
 
 def save_initial(settings: dict[str, Any]) -> None:
@@ -61,7 +61,16 @@ def save_initial(settings: dict[str, Any]) -> None:
     config = Config(**settings)
     training = Training(config, parallel.start(config))
     checkpoint.save(config, training.state, training.chunks, training.optimizer)
+    release(training)
+
+
+def release(training: Any) -> None:
+    """Close a run and take it apart: its gradient hooks form a cycle through autograd that Python's collector cannot see, and with it live groups and threads."""
     training.close()
+    parts = getattr(training.optimizer, "chained_optimizers", [])
+    modules = [module for chunk in training.chunks for module in chunk.modules()]
+    for owner in [*parts, training.optimizer, *modules]:
+        vars(owner).clear()
 
 
 def records(run_dir: Path | str, kind: str = "step") -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ranks import RankPool
-from training_bodies import BASE, merged, records, train
+from training_bodies import BASE, merged, records, release, train
 
 ADAPTIVE = {"moe": {"capacity_factor": 1.0, "adaptive": {"enabled": True, "sensitivity": 0.01}}, "train": {"precision": "bf16"}}
 
@@ -43,7 +43,7 @@ def steps_with_a_poisoned_gradient(settings: dict[str, Any], poisoned_rank: int)
         applied.append(result.applied)
         changed.append(not all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True)))
         coefficients.append(float(routers[0].aux_coefficient))
-    training.close()
+    release(training)
     return {"applied": applied, "changed": changed, "coefficients": coefficients}
 
 
@@ -94,7 +94,7 @@ def groups_after_a_step(settings: dict[str, Any]) -> list[tuple[float, list[int]
     for part in training.optimizer.chained_optimizers:
         for group, fp32, half in zip(part.param_groups, part.model_fp32_groups, part.model_float16_groups, strict=True):
             answer.append((group["weight_decay"], sorted({param.dim() for param in [*fp32, *half]})))
-    training.close()
+    release(training)
     return answer
 
 
