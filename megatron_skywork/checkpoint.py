@@ -11,10 +11,12 @@ so that tensor, pipeline, expert and data parallelism may all be different at th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ import numpy
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -133,8 +135,9 @@ def save(config: Config, state: TrainState, chunks: list[Any], optimizer: Megatr
     folder = folder_of(Path(config.run_dir), state.step)
     is_writer = torch.distributed.get_rank() == 0
     if is_writer:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        with _writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
     torch.distributed.barrier()
     save_without_copies(optimizer)
     weights = _weights(chunks)
@@ -143,17 +146,23 @@ def save(config: Config, state: TrainState, chunks: list[Any], optimizer: Megatr
         "optimizer": optimizer.sharded_state_dict(_merged(weights), is_loading=False, metadata=OPTIMIZER_LAYOUT),
         "rng": _rng(),
     }
-    try:
+    with _writing(folder):
         dist_checkpointing.save(content, str(folder), sharded_strategy=InProcessSave())
-    except (OSError, CheckpointException) as failure:
-        raise CheckpointError(f"{folder}: could not be written: {failure}") from failure
-    if is_writer:
-        (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        (folder / "state.json").write_text(json.dumps({**asdict(state), "layout": _layout(config), "versions": versions()}, indent=1), encoding="utf-8")
-        write_marker(folder)
-        retain(Path(config.run_dir), config.checkpoint.keep, folder)
+        if is_writer:
+            (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            (folder / "state.json").write_text(json.dumps({**asdict(state), "layout": _layout(config), "versions": versions()}, indent=1), encoding="utf-8")
+            write_marker(folder)
+            retain(Path(config.run_dir), config.checkpoint.keep, folder)
     torch.distributed.barrier()
     return folder
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException) as failure:
+        raise CheckpointError(f"{folder}: could not be written: {failure}") from failure
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- loading
@@ -199,17 +208,24 @@ def load_weights(folder: Path, chunks: list[Any]) -> None:
 
 
 def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    asked = {value.key for value in nested_values(wanted) if isinstance(value, ShardedBase)}
     try:
-        content, left_over, absent = dist_checkpointing.load(wanted, str(folder), strict=StrictHandling.RETURN_ALL)
+        content = dist_checkpointing.load(wanted, str(folder))
     except (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError) as failure:
         raise CheckpointError(f"{folder} does not fit this model: {_gist(failure)}") from failure
-    # megatron-core would leave out what the model has no place for: half of the layers, biases, an output layer of its own.
-    weights = [key for key in left_over if key.startswith(MODEL_PARTS) and not key.endswith(NOT_WEIGHTS)]
-    for problem, keys in (("it has no", absent), ("the model has no place for its", weights)):
-        if keys:
-            first = ", ".join(sorted(map(str, keys))[:3])
-            raise CheckpointError(f"{folder} does not fit this model: {problem} {first}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}")
+    _refuse_left_over(asked, folder)
     return content
+
+
+def _refuse_left_over(asked: set[str], folder: Path) -> None:
+    """megatron-core leaves out what no rank asks for. Weights that this model has no place for (more layers, biases, an output layer) are a mistake."""
+    by_rank: list[set[str]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(by_rank, asked)
+    saved = {key for key in dist_checkpointing.load_tensors_metadata(str(folder)) if key.startswith(MODEL_PARTS) and not key.endswith(NOT_WEIGHTS)}
+    left_over = sorted(saved.difference(*by_rank))
+    if left_over:
+        names = ", ".join(left_over[:3]) + (f" and {len(left_over) - 3} more" if len(left_over) > 3 else "")
+        raise CheckpointError(f"{folder} does not fit this model, which has no place for its {names}; compare the settings of model and moe")
 
 
 def _gist(failure: BaseException) -> str:

@@ -154,9 +154,9 @@ def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: 
 
 
 def apply_settings(optimizer: MegatronOptimizer, optim: Optim) -> None:
-    """Give every parameter group the settings of this start; a checkpoint brings back those it was saved with. Norms and biases stay without decay."""
+    """Give every parameter group Adam's settings of this start: a checkpoint brings back those it was saved with. `set_rates` sees to the others."""
     for group in optimizer.param_groups:
-        group.update(weight_decay=optim.weight_decay * group["wd_mult"], betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        group.update(betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
 
 def guarded_step(optimizer: MegatronOptimizer) -> tuple[bool, float]:

@@ -65,6 +65,26 @@ def test_retention_keeps_the_newest_and_a_damaged_one_is_passed_over(ranks: Rank
     assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000004", "step_00000005"]
 
 
+def test_a_damaged_later_folder_does_not_push_out_what_is_saved(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(BASE, {"run_dir": str(tmp_path), "train": {"steps": 3}, "checkpoint": {"keep": 1}})
+    ranks.run(1, train, merged(settings, {"train": {"stop_at_step": 2}}))
+    damaged = tmp_path / "checkpoints" / "step_00000009"
+    shutil.copytree(tmp_path / "checkpoints" / "step_00000002", damaged)
+    next(damaged.glob("*.distcp")).write_bytes(b"")
+    ranks.run(1, train, settings)
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_a_resume_uses_the_optimizer_settings_of_its_own_start(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(BASE, {"run_dir": str(tmp_path / "same"), "train": {"steps": 4}, "checkpoint": {"save_at_end": False}})
+    ranks.run(1, train, merged(settings, {"train": {"stop_at_step": 2}}))
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    ranks.run(1, train, settings)
+    ranks.run(1, train, merged(settings, {"run_dir": str(tmp_path / "other"), "optim": {"beta1": 0.0}}))
+    same, other = ([record["loss"] for record in records(tmp_path / name)] for name in ("same", "other"))
+    assert other[:3] == same[:3] and other[3] != same[3]
+
+
 def test_a_run_never_starts_over_silently(ranks: RankPool, tmp_path: Path) -> None:
     settings = merged(BASE, {"run_dir": str(tmp_path), "train": {"steps": 2}})
     ranks.run(1, train, settings)
@@ -82,6 +102,10 @@ def test_weights_that_do_not_fit_are_refused(ranks: RankPool, tmp_path: Path) ->
     wider = {"run_dir": str(tmp_path / "b"), "model": {"hidden_size": 64}, "checkpoint": {"init_from": str(folder)}}
     with pytest.raises(AssertionError, match=CheckpointError.__name__):
         ranks.run(1, train, merged(BASE, wider))
+    # Weights that the model has no place for would otherwise be left out without a word.
+    for smaller in ({"model": {"num_layers": 2}}, {"model": {"tie_embeddings": True}}):
+        with pytest.raises(AssertionError, match="has no place for its"):
+            ranks.run(1, train, merged(BASE, smaller, {"run_dir": str(tmp_path / "b"), "checkpoint": {"init_from": str(folder)}}))
     # The router's coefficient is part of the state: a checkpoint without it must not be resumed as if it had one.
     adaptive = {"moe": {"adaptive": {"enabled": True}, "capacity_factor": 2.0}}
     shutil.copytree(tmp_path / "a", tmp_path / "c")
