@@ -100,6 +100,16 @@ def token_group() -> torch.distributed.ProcessGroup:
     return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
 
+def sequence_part(tensor_BS: torch.Tensor, cp_rank: int, cp_size: int) -> torch.Tensor:
+    """A context-parallel rank's share of a batch, [B, S / cp_size]: parts r and 2 cp - 1 - r of 2 cp equal ones.
+
+    Late tokens attend to more than early ones; pairing a late part with an early one gives every rank the same work. It is the split that
+    Transformer Engine's attention and megatron-core's rotary embedding assume.
+    """
+    parts = tensor_BS.chunk(2 * cp_size, dim=1)
+    return torch.cat([parts[cp_rank], parts[2 * cp_size - 1 - cp_rank]], dim=1)
+
+
 def stop() -> None:
     """Leave the groups, so that another layout can be built in this process."""
     parallel_state.destroy_model_parallel()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
@@ -109,6 +110,9 @@ def run_schedule(config: Config, chunks: list[Any], batches: list[Batch], *, for
 def forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
     """One micro-batch through one chunk, in the form megatron-core's schedules call."""
     batch = {name: tensor.to(device.current(), non_blocking=True) for name, tensor in next(batches).items()}
+    cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    if cp_size > 1:  # validate.py refuses an attention mask here, so every tensor is [B, S]
+        batch = {name: parallel.sequence_part(tensor, cp_rank, cp_size) for name, tensor in batch.items()}
     output = chunk(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
     return output, functools.partial(masked_loss, batch["loss_mask"])
 
