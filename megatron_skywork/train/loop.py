@@ -32,7 +32,8 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
         if training.is_due(saves.every):
             training.save()
             saved_step = training.state.step
-        stopped_by = stop_request.agreed()
+        # A signal that comes with the last step has nothing left to stop; asked to start again, a scheduler would repeat what is done.
+        stopped_by = None if training.is_finished else stop_request.agreed()
 
     if training.is_whole and settings.eval_at_end:
         training.evaluate()
