@@ -19,7 +19,7 @@ from typing import Any
 from megatron_skywork import device
 from megatron_skywork.config.load import dump_config
 from megatron_skywork.config.schema import Config
-from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, EXIT_REQUEUE, UserError
+from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, EXIT_REQUEUE, ConfigError, UserError
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "safetensors", "tokenizers", "transformers", "wandb")
 
@@ -46,8 +46,8 @@ def run_training(config: Config) -> int:
     place = parallel.start(config)
     status = Status(Path(config.run_dir), is_writer=place.is_first_rank)
     training = None
+    status.begin(config)
     try:
-        status.begin(config)
         training = Training(config, place)
         status.write("running", step=training.state.step)
         stopped_by = train(training, stop_request)
@@ -81,10 +81,13 @@ class Status:
         """Leave what the run was started with."""
         if not self._is_writer:
             return
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        _replace(self._run_dir / "config.yaml", dump_config(config))
-        _replace(self._run_dir / "env.json", json.dumps(environment(), indent=1))
-        self.write("starting")
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            _replace(self._run_dir / "config.yaml", dump_config(config))
+            _replace(self._run_dir / "env.json", json.dumps(environment(), indent=1))
+            self.write("starting")
+        except OSError as failure:
+            raise ConfigError(f"run_dir={self._run_dir}: cannot be written ({failure.strerror}: {failure.filename}); choose a folder that can") from failure
 
     def write(self, status: str, **fields: Any) -> None:
         """Replace the status: starting, running, done, stopped (go on with the same command) or failed."""
