@@ -27,7 +27,11 @@ def choose_backend(config: Config) -> str:
     wanted = config.model.backend
     if wanted == "te" and not usable:
         raise ConfigError("model.backend=te needs a GPU and the package transformer_engine; install the extra `te`, or set model.backend=torch")
-    backend = "te" if wanted != "torch" and usable else "torch"
+    # Transformer Engine's causal attention does not look at a given mask; the `torch` backend does.
+    own_mask = config.data.reset_attention_mask
+    if wanted == "te" and own_mask:
+        raise ConfigError("model.backend=te ignores the mask that data.reset_attention_mask=true makes; set model.backend=torch, or reset_attention_mask=false")
+    backend = "te" if wanted != "torch" and usable and not own_mask else "torch"
     if config.parallel.cp > 1 and backend != "te":
         raise ConfigError(f"parallel.cp={config.parallel.cp} needs Transformer Engine's attention; install the extra `te` on a GPU, or set parallel.cp=1")
     fused_only = sorted({"layernorm", "moe_act"} & set(config.parallel.recompute_modules)) if config.parallel.recompute == "selective" else []
