@@ -9,11 +9,12 @@ megatron-core expects: moments per parameter, the step per parameter group.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
 
+import megatron.core.optimizer as core_optimizer
+import megatron.core.optimizer.distrib_optimizer as distributed
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -199,13 +200,9 @@ def _number_mixed_groups(optimizer: DistributedOptimizer) -> None:
 
 
 def _offer_fused_adamw() -> None:
-    """Put `FusedAdamW` where megatron-core looks for apex's FusedAdam, unless a real one is installed."""
-    if importlib.util.find_spec("transformer_engine") or importlib.util.find_spec("apex"):
-        return
-    import megatron.core.optimizer as core_optimizer
-    import megatron.core.optimizer.distrib_optimizer as distributed
-
-    core_optimizer.Adam = FusedAdamW  # type: ignore[misc,assignment]
-    core_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed.Adam = FusedAdamW  # type: ignore[misc,assignment]
-    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    """Put `FusedAdamW` where megatron-core looks for apex's FusedAdam, unless it found a real one."""
+    if core_optimizer.USING_PYTORCH_OPTIMIZER:
+        core_optimizer.Adam = FusedAdamW
+        core_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed.Adam = FusedAdamW
+        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

@@ -64,11 +64,13 @@ def whole_state(
             if group.size() == 1:
                 whole[key] = OwnState(optimizer, buffer, key)
                 continue
-            target = torch.zeros(buffer.numel_unpadded) if is_receiver else None
+            # Saving writes the first rank's copy; the others only stand by with the right shape, in four bytes.
+            keeps = empty_data or group.rank() == 0
+            target = torch.zeros(buffer.numel_unpadded) if keeps and is_receiver else None
             if not empty_data:
                 _gather(optimizer, buffer, buckets, key, group, target)
-            if target is not None:
-                whole[key] = target
+            if is_receiver:
+                whole[key] = torch.zeros(()).expand(buffer.numel_unpadded) if target is None else target
         state[index] = {dtype: whole}
     return state if is_receiver else None
 

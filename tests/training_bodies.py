@@ -65,7 +65,7 @@ def save_initial(settings: dict[str, Any]) -> None:
 
 
 def release(training: Any) -> None:
-    """Close a run and take it apart: its gradient hooks form a cycle through autograd that Python's collector cannot see, and with it live groups and threads."""
+    """Close a run and take it apart: its gradient hooks form a cycle through autograd that Python's collector cannot see, and in it live groups."""
     training.close()
     parts = getattr(training.optimizer, "chained_optimizers", [])
     modules = [module for chunk in training.chunks for module in chunk.modules()]

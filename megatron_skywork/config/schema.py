@@ -153,7 +153,7 @@ class Data(Section):
     seq_length: Positive = Field(2048, description="Tokens per sample.")
     mock: bool = Field(False, description="Deterministic synthetic tokens instead of files.")
     eod_mask_loss: bool = Field(False, description="No loss on end-of-document tokens.")
-    reset_position_ids: bool = Field(False, description="Positions start again after each document.")
+    reset_position_ids: bool = Field(False, description="Position ids start again after each document. Rotary positions are relative, so this alone separates nothing: it goes with reset_attention_mask.")
     reset_attention_mask: bool = Field(False, description="A token sees only its own document.")
     num_workers: NonNegative = Field(1, description="Loader processes per rank.")
     cache_dir: str | None = Field(None, description="Where sample indices are kept; unset means beside the run.")

@@ -286,6 +286,15 @@ def _recompute_modules(config: Config, world: int | None) -> Iterator[str]:
         yield "parallel.recompute_modules names shared_experts, and moe.shared_expert_ffn_hidden_size is not set; leave one out or set the other"
     if p.recompute == "selective" and config.moe is not None and "moe_act" in of_experts and config.model.backend == "torch":
         yield "parallel.recompute_modules names moe_act, which megatron-core has only in Transformer Engine's experts; name moe, or set model.backend=te"
+    if p.recompute == "selective" and "layernorm" in p.recompute_modules and config.model.backend == "torch":
+        yield "parallel.recompute_modules names layernorm, which megatron-core recomputes with Transformer Engine only; leave it out, or set model.backend=te"
+
+
+@rule("data.reset_position_ids", "data.reset_attention_mask")
+def _document_positions(config: Config, world: int | None) -> Iterator[str]:
+    if config.data.reset_position_ids and not config.data.reset_attention_mask:
+        yield ("data.reset_position_ids=true alone changes nothing, because rotary positions are relative; "
+               "set data.reset_attention_mask=true too, which keeps documents apart, or leave both out")
 
 
 @rule("megatron", "train.precision", "model.backend")

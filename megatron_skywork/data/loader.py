@@ -102,7 +102,7 @@ def build_valid_loaders(config: Config, *, dp_rank: int, dp_size: int, pin_memor
 def _loader(dataset: Dataset, batches: MicroBatches, num_workers: int, pin_memory: bool) -> DataLoader:
     # A generator of its own: DataLoader draws a seed for its workers, which must not move the run's random state.
     return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, generator=torch.Generator().manual_seed(0),  # type: ignore[arg-type]
-                      worker_init_fn=_worker_signals() if num_workers else None)
+                      worker_init_fn=_worker_signals() if num_workers else None, multiprocessing_context="fork" if num_workers else None)
 
 
 def _worker_signals() -> Callable[[int], None]:

@@ -96,9 +96,11 @@ def parameters_gathered(chunks: list[Any]) -> Iterator[None]:
     lazy = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in lazy:
         chunk.disable_forward_pre_hook()
-    yield
-    for chunk in lazy:
-        chunk.enable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in lazy:
+            chunk.enable_forward_pre_hook()
 
 
 def unwrap(chunk: Any) -> GPTModel:

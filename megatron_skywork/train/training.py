@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator, init_num_microbatches_calculator
 
@@ -64,7 +65,10 @@ class Training:
     # ------------------------------------------------------------------------------------------------------------------------ start
 
     def _restore(self) -> tuple[TrainState, Path | None]:
-        folder, passed_over = checkpoint.newest(self.run_dir)
+        # One rank looks: another node's view of a shared folder may be a moment old, and all must load the same step.
+        choice: list[Any] = [checkpoint.newest(self.run_dir) if self.place.is_first_rank else None]
+        torch.distributed.broadcast_object_list(choice, src=0)
+        folder, passed_over = choice[0]
         for line in passed_over if self.place.is_first_rank else []:
             print(f"warning: passed over a damaged checkpoint: {line}", file=sys.stderr, flush=True)
         if folder is not None and self.config.checkpoint.resume == "none":
