@@ -30,5 +30,12 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + NPROC - 1) / NPROC))}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # seconds a signalled rank has to save
 
+# A wrong setting is said here, once and at once, without what torchrun has to say about ranks that failed.
+plan=$(python launch/pretrain_moe.py "${words[@]}" --dry-run --world-size "$NPROC") || exit $?
+if [[ " ${words[*]} " == *" --dry-run "* ]]; then
+    echo "$plan"
+    exit 0
+fi
+
 set -x
 exec torchrun --standalone --nproc-per-node "$NPROC" --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 launch/pretrain_moe.py "${words[@]}"
