@@ -1,4 +1,4 @@
-"""Compare two runs number for number: the losses and gradient norms of their steps, and the bytes of a checkpoint.
+"""Compare two runs number for number: the losses and gradient norms of their steps, and the tensors of a checkpoint.
 
 What a refactor must leave unchanged, and what a resumed run must have in common with one that never stopped, is equality, not closeness:
 the default tolerance is 0. Steps that a run did twice (it died after them and did them again) count as it did them last.
@@ -64,11 +64,20 @@ def compare_steps(a: dict[int, dict], b: dict[int, dict], first: int, last: int 
 
 
 def checkpoint_files(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of every file of tensors of a checkpoint (the files whose bytes are the weights and the optimizer's state)."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in {".distcp", ".safetensors", ".pt"})
+    """Name -> what it holds, for every file of a checkpoint that is the run's state.
+
+    Tensor files count by the SHA-256 of their bytes; `common.pt`, a handful of settings, by its content, because the bytes of equal settings depend on
+    which of them happened to be one object in memory.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix in {".distcp", ".safetensors"})
     if not files:
         raise DataError(f"{folder} holds no tensor files")
-    return {str(path.relative_to(folder)): _digest(path) for path in files}
+    found = {str(path.relative_to(folder)): _digest(path) for path in files}
+    if (folder / "common.pt").is_file():
+        import torch
+
+        found["common.pt"] = repr(torch.load(folder / "common.pt", map_location="cpu", weights_only=True))
+    return found
 
 
 def _digest(path: Path) -> str:
@@ -81,7 +90,7 @@ def _digest(path: Path) -> str:
 
 
 def compare_checkpoints(a: Path, b: Path) -> dict:
-    """Whether two checkpoints hold the same bytes, file by file."""
+    """Whether two checkpoints hold the same, file by file."""
     left, right = checkpoint_files(a), checkpoint_files(b)
     return {"files": len(left), "differing_files": sorted(name for name in set(left) | set(right) if left.get(name) != right.get(name))}
 
@@ -92,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=1, help="first step that is compared (default 1)")
     parser.add_argument("--last", type=int, help="last step that is compared (default: the last both have)")
     parser.add_argument("--tolerance", type=float, default=0.0, help="largest relative difference that counts as equal (default 0)")
-    parser.add_argument("--checkpoint-step", type=int, help="also compare the bytes of both runs' checkpoints of this step")
+    parser.add_argument("--checkpoint-step", type=int, help="also compare both runs' checkpoints of this step, bit for bit")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
     try:
@@ -122,8 +131,8 @@ def describe(result: dict) -> str:
         lines += [f"  {name}: largest relative difference {gap:.3g}" for name, gap in result["largest_relative_difference"].items()]
     if "checkpoint" in result:
         differing = result["checkpoint"]["differing_files"]
-        verdict = f"different: {', '.join(differing)}" if differing else "equal byte for byte"
-        lines.append(f"checkpoint: {result['checkpoint']['files']} files of tensors, {verdict}")
+        verdict = f"different: {', '.join(differing)}" if differing else "equal bit for bit"
+        lines.append(f"checkpoint: {result['checkpoint']['files']} files, {verdict}")
     return "\n".join(lines)
 
 

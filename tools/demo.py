@@ -138,7 +138,7 @@ def training_stages(plan: Plan) -> list[Stage]:
         Stage("train", f"evaluate, train to step {STOP_STEP}, stop ({here})", begin, reads=[CONFIG], makes=[run / "metrics.jsonl"], clears=[run]),
         Stage("resume", f"go on from the checkpoint to step {COMPARE_STEP}", resume),
         Stage("uninterrupted", f"the same {COMPARE_STEP} steps without a stop", straight_through, makes=[straight / "metrics.jsonl"], clears=[straight]),
-        Stage("compare", "compare both runs, every number and byte", [compare], makes=[result], finding=lambda: resume_finding(plan)),
+        Stage("compare", "compare both runs, every number and bit", [compare], makes=[result], finding=lambda: resume_finding(plan)),
         Stage("finish", "go on to the last step, evaluate", finish, makes=done, clears=[straight / "checkpoints"], finding=lambda: loss_finding(plan)),
     ]
 
@@ -233,7 +233,7 @@ def write_summary(plan: Plan, runner: Runner, on_gpu: bool) -> dict:
     """Write summary.json: what the demo found."""
     losses, resumed, text = held_out_losses(plan), result_of(plan, "compare"), result_of(plan, "generate")
     compared = f"loss, gradient norm, learning rate and tokens of steps 1 to {COMPARE_STEP}, exactly; "
-    compared += f"tensor files of the step-{COMPARE_STEP} checkpoint, byte for byte"
+    compared += f"weights, optimizer and random state of the step-{COMPARE_STEP} checkpoint, bit for bit"
     summary = {
         "stages": [{name: record[name] for name in ("name", "seconds", "reused", "peak_memory_bytes", "commands")} for record in runner.records],
         "seconds": round(sum(record["seconds"] for record in runner.records), 1),
