@@ -63,21 +63,16 @@ def compare_steps(a: dict[int, dict], b: dict[int, dict], first: int, last: int 
     return {"steps": shared, "largest_relative_difference": largest, "differing_steps": differing}
 
 
-def checkpoint_files(folder: Path) -> dict[str, str]:
-    """Name -> what it holds, for every file of a checkpoint that is the run's state.
+def checkpoint_items(folder: Path) -> dict[str, str]:
+    """Name -> what it holds: every item of a distributed checkpoint, else every file of tensors by the SHA-256 of its bytes."""
+    if (folder / ".metadata").is_file():
+        from megatron_skywork.convert.item_digests import item_digests  # imports torch
 
-    Tensor files count by the SHA-256 of their bytes; `common.pt`, a handful of settings, by its content, because the bytes of equal settings depend on
-    which of them happened to be one object in memory.
-    """
+        return item_digests(folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix in {".distcp", ".safetensors"})
     if not files:
         raise DataError(f"{folder} holds no tensor files")
-    found = {str(path.relative_to(folder)): _digest(path) for path in files}
-    if (folder / "common.pt").is_file():
-        import torch
-
-        found["common.pt"] = repr(torch.load(folder / "common.pt", map_location="cpu", weights_only=True))
-    return found
+    return {str(path.relative_to(folder)): _digest(path) for path in files}
 
 
 def _digest(path: Path) -> str:
@@ -90,9 +85,9 @@ def _digest(path: Path) -> str:
 
 
 def compare_checkpoints(a: Path, b: Path) -> dict:
-    """Whether two checkpoints hold the same, file by file."""
-    left, right = checkpoint_files(a), checkpoint_files(b)
-    return {"files": len(left), "differing_files": sorted(name for name in set(left) | set(right) if left.get(name) != right.get(name))}
+    """Whether two checkpoints hold the same, item by item."""
+    left, right = checkpoint_items(a), checkpoint_items(b)
+    return {"items": len(left), "differing_items": sorted(name for name in set(left) | set(right) if left.get(name) != right.get(name))}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.checkpoint_step is not None:
             folders = [run / "checkpoints" / f"step_{args.checkpoint_step:08d}" for run in args.runs]
             result["checkpoint"] = compare_checkpoints(*folders)
-            result["equal"] = result["equal"] and not result["checkpoint"]["differing_files"]
+            result["equal"] = result["equal"] and not result["checkpoint"]["differing_items"]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -130,9 +125,9 @@ def describe(result: dict) -> str:
         lines.append(f"  first different step: {result['differing_steps'][0]}")
         lines += [f"  {name}: largest relative difference {gap:.3g}" for name, gap in result["largest_relative_difference"].items()]
     if "checkpoint" in result:
-        differing = result["checkpoint"]["differing_files"]
+        differing = result["checkpoint"]["differing_items"]
         verdict = f"different: {', '.join(differing)}" if differing else "equal bit for bit"
-        lines.append(f"checkpoint: {result['checkpoint']['files']} files, {verdict}")
+        lines.append(f"checkpoint: {result['checkpoint']['items']} items, {verdict}")
     return "\n".join(lines)
 
 

@@ -155,15 +155,21 @@ def test_equal_runs_are_equal_and_the_last_bit_counts(tmp_path):
 def test_equal_settings_are_equal_however_they_were_pickled(tmp_path):
     import torch
 
-    a, b = (write_run(tmp_path / name, {1: 2.5}) for name in "ab")
-    folders = [run_dir / "checkpoints/step_00000002" for run_dir in (a, b)]
+    from megatron_skywork.convert.mcore_files import DistributedWriter
+
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+        writer = DistributedWriter(folder)
+        writer.add("weight", (2,), (0,), torch.ones(2))
+        writer.finish()
     betas = (0.9, 0.95)
     torch.save([{"betas": betas}, {"betas": betas}], folders[0] / "common.pt")
     torch.save([{"betas": tuple([0.9, 0.95])}, {"betas": tuple([0.9, 0.95])}], folders[1] / "common.pt")
     assert (folders[0] / "common.pt").read_bytes() != (folders[1] / "common.pt").read_bytes()
-    assert not compare_runs.compare_checkpoints(*folders)["differing_files"]
+    assert not compare_runs.compare_checkpoints(*folders)["differing_items"]
     torch.save([{"betas": (0.9, 0.96)}, {"betas": betas}], folders[1] / "common.pt")
-    assert compare_runs.compare_checkpoints(*folders)["differing_files"] == ["common.pt"]
+    assert compare_runs.compare_checkpoints(*folders)["differing_items"] == ["common.pt"]
 
 
 def test_a_step_done_twice_counts_as_done_last(tmp_path):
