@@ -32,7 +32,7 @@ NUM_EXPERTS, TOPK = 4, 2
 STOP_STEP, COMPARE_STEP = 4, 8
 LARGEST_LOGIT_DIFFERENCE = 1e-4
 PROMPT = "The Python standard library is"
-BYTES_PER_PARAMETER = 20  # bf16 weight, fp32 gradient, master weight and two moments; a little for activations
+BYTES_PER_PARAMETER = 32  # both ranks together, measured: weight, gradient, master weight, two moments, what a save adds, activations
 GIB = 1 << 30
 
 
