@@ -394,8 +394,10 @@ def test_coefficients_that_stay(case):
 def test_update_between_steps_leaves_autograd_intact():
     router = _router(capacity_factor=1.0, adaptive={"enabled": True})
     for _ in range(3):
+        router.weight.grad = None
         router(_hidden())[0].sum().backward()
         update_coefficients([router], None, skipped=False)
+        assert router.weight.grad is not None and router.weight.grad.isfinite().all()
 
 
 class _HostWaits(TorchDispatchMode):
