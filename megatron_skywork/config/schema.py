@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -73,6 +74,26 @@ class AdaptiveAux(Section):
     momentum: float = Field(0.99, ge=0, lt=1, description="beta of the report: share of the old coefficient that is kept each step.")
 
 
+AuxLossKind = Literal["switch", "report"]
+AuxLossScope = Literal["sequence", "micro_batch", "global_batch"]
+Coefficients = NonNegativeFloat | list[NonNegativeFloat]
+
+
+class AuxSchedulePoint(Section):
+    """A corner of the auxiliary loss's schedule; between corners the factor is interpolated, outside it stays."""
+
+    step: NonNegative = Field(description="Optimizer step.")
+    factor: float = Field(ge=0, description="What the coefficients are multiplied by in that step.")
+
+
+class ExtraAuxLoss(Section):
+    """A second auxiliary loss beside the main one; its coefficient is fixed."""
+
+    loss: AuxLossKind = Field(description="switch or report, as for moe.aux_loss.")
+    scope: AuxLossScope = Field("micro_batch", description="As for moe.aux_scope.")
+    coefficient: Coefficients = Field(description="Weight; one number, or one per MoE layer.")
+
+
 class Moe(Section):
     """Experts, gate and routing. Leave the section out for a dense model."""
 
@@ -85,11 +106,18 @@ class Moe(Section):
     gate_norm_scale: float = Field(1.0, gt=0, description="lambda of the report: standard deviation of the normalized logits.")
     gate_norm_epsilon: float = Field(1e-6, gt=0, description="Added to the variance under the root, so that equal logits give a uniform gate instead of NaN.")
     gate_norm_unbiased: bool = Field(True, description="Divide by the unbiased standard deviation (ddof 1), as the released model does.")
-    capacity_factor: float | None = Field(None, gt=0, description="Slots per expert over the even share; in training, tokens above that are dropped. Unset: nothing is dropped.")
-    pad_to_capacity: bool = Field(False, description="Pad every expert's input to its capacity, so that shapes never change.")
+    capacity_factor: float | None = Field(None, gt=0, description="Slots per expert over the even share; in training, assignments above that are dropped. Unset: nothing is dropped.")
+    capacity_scope: Literal["rank", "micro_batch"] = Field(
+        "micro_batch", description="Whose tokens compete for an expert's slots: one micro-batch's, the same under every layout, or one rank's after the sequence is split, as in megatron-core.")
+    eval_capacity_factor: float | None = Field(None, gt=0, description="The same in evaluations. Unset: an evaluation drops nothing.")
+    pad_to_capacity: bool = Field(False, description="Pad every expert's input to its capacity, so that shapes never change in training.")
     drop_policy: Literal["probs", "position"] = Field("probs", description="Which tokens an overfull expert keeps: the most probable, or the first.")
     aux_loss: Literal["none", "switch", "report"] = Field("switch", description="Load-balancing loss: Switch Transformer's n * sum f_j P_j, or equation 4 of the Skywork-MoE report.")
-    aux_coefficient: float = Field(0.01, ge=0, description="Weight of the auxiliary loss; the first value where it adapts.")
+    aux_scope: AuxLossScope = Field(
+        "micro_batch", description="What its means are taken over: each sequence, a micro-batch, or the global batch (with the slopes of the step before, see moe/aux_loss.py).")
+    aux_coefficient: Coefficients = Field(0.01, description="Weight of the auxiliary loss: one number, or one per MoE layer; the first value where it adapts.")
+    aux_schedule: list[AuxSchedulePoint] = Field(default_factory=list, description="Factor on aux_coefficient over the steps, linear between the points {step, factor}; none means constant.")
+    extra_aux_losses: list[ExtraAuxLoss] = Field(default_factory=list, description="Further auxiliary losses, each {loss, scope, coefficient}.")
     adaptive: AdaptiveAux = Field(default_factory=AdaptiveAux, description="Adaptive coefficients.")
     z_loss_coefficient: float = Field(0.0, ge=0, description="Weight of the router z-loss, taken on the raw logits.")
     router_init_std: float = Field(0.01, ge=0, description="Standard deviation of a fresh router's weights.")
@@ -103,6 +131,17 @@ class Moe(Section):
             raise ValueError("adaptive.enabled=true follows the drop rate, and without capacity_factor nothing is dropped; set capacity_factor (1.1 is a start) or adaptive.enabled=false")
         if self.adaptive.enabled and self.aux_loss == "none":
             raise ValueError("adaptive.enabled=true steers the auxiliary loss, and aux_loss is none; set aux_loss to report or switch")
+        if self.adaptive.enabled and self.aux_schedule:
+            raise ValueError("adaptive.enabled=true and aux_schedule both move the coefficient; leave out aux_schedule, or set adaptive.enabled=false")
+        if self.aux_loss == "none" and self.extra_aux_losses:
+            raise ValueError("extra_aux_losses come beside a main one, and aux_loss is none; make the first of them aux_loss, aux_scope and aux_coefficient")
+        steps = [point.step for point in self.aux_schedule]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"aux_schedule names steps {steps}; each must be after the one before")
+        losses = [(self.aux_loss, self.aux_scope), *((extra.loss, extra.scope) for extra in self.extra_aux_losses)]
+        twice = sorted({f"{loss} over {scope}" for loss, scope in losses if losses.count((loss, scope)) > 1})
+        if twice:
+            raise ValueError(f"extra_aux_losses names {' and '.join(twice)} more than once (aux_loss counts); add up the coefficients in one of them")
         if self.pad_to_capacity and self.capacity_factor is None:
             raise ValueError("pad_to_capacity=true needs capacity_factor")
         if self.pad_to_capacity and self.dispatcher != "alltoall":
