@@ -44,6 +44,7 @@ from megatron_skywork.convert.safe_pickle import check_metadata
 from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
+from megatron_skywork.moe.aux_loss import MEANS_NAME
 from megatron_skywork.optim import apply_settings
 from megatron_skywork.optim_state import save_without_copies
 
@@ -53,7 +54,7 @@ OPTIMIZER_LAYOUT = {**LAYOUT_FREE, "chained_optim_avoid_prefix": True, "distrib_
 
 # Keys of weights begin with these; what ends so is state of a module, and a model may be without it.
 MODEL_PARTS = ("embedding.", "decoder.", "output_layer.")
-NOT_WEIGHTS = ("_extra_state", COEFFICIENT_NAME)
+NOT_WEIGHTS = ("_extra_state", COEFFICIENT_NAME, MEANS_NAME)
 
 
 @dataclass

@@ -59,7 +59,7 @@ ENDS = (
 # Buffers some Hugging Face files carry, computed from the config and never weights.
 HF_BUFFERS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 # What megatron-core and the trainer keep beside the weights in a distributed checkpoint.
-OUR_STATE_SUFFIXES = ("_extra_state", ".router.aux_coefficient", ".router.expert_bias", ".router.local_tokens_per_expert")
+OUR_STATE_SUFFIXES = ("_extra_state", ".router.aux_coefficient", ".router.batch_means", ".router.expert_bias", ".router.local_tokens_per_expert")
 OUR_WEIGHT_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 # Modules for which megatron-core asks for an `_extra_state` object; `{layer}` as above. Experts have one each.
 EXTRA_STATE_ATTENTION = (OURS + "self_attention.linear_qkv", OURS + "self_attention.linear_proj", OURS + "self_attention.core_attention")

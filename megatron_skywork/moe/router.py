@@ -2,7 +2,7 @@
 
 One forward pass, in order: gate in fp32; z-loss on the raw logits (normalized ones have nearly constant norm, the loss would say nothing);
 normalization; top-k and the softmax of the selected, which for a softmax gate is "softmax over all, select, renormalize"; dropping by capacity;
-the auxiliary loss, weighted by the layer's current coefficient; statistics.
+the auxiliary losses, the main one weighted by the layer's current coefficient; statistics.
 
 The coefficient is a tensor on the device, so that it can change every step without the host waiting for the device, and 0 is a coefficient like any
 other. Statistics are summed on the device into `window`, read and cleared once per optimizer step by `router_state.update_coefficients`.
@@ -14,34 +14,44 @@ Shapes: S sequence, B batch, H hidden, T = S * B tokens of this rank, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_router_token_dropping, topk_routing_with_score_function, z_loss_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_capacity, topk_routing_with_score_function, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_skywork.config.schema import Moe
+from megatron_skywork.config.schema import Coefficients, Moe
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
-from megatron_skywork.moe.aux_loss import report_from_means, sum_over_group, switch_from_means
+from megatron_skywork.moe.aux_loss import MEANS_NAME, balance_loss, balance_slope, sum_over_group
+from megatron_skywork.moe.capacity import drop_priority, slots_of_group
 from megatron_skywork.moe.drop_stats import count_dropped, routed_per_expert
 from megatron_skywork.moe.gate import gate_logits
 from megatron_skywork.moe.gating_norm import normalize_logits
 from megatron_skywork.moe.router_health import gate_entropy, gate_ratios
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
 
-# What `window` holds behind the E counts of routed assignments; sums over tokens, except the last three, which are sums over micro-batches.
-WINDOW_SUMS = ("dropped", "tokens", "entropy", "max1_over_max2", "max2_over_max3", "aux_loss", "z_loss", "micro_batches")
+if TYPE_CHECKING:
+    from megatron_skywork.moe.routing_probe import RoutingProbe
+
+# What `window` holds behind the E counts of routed assignments and the E sums of gate probabilities: sums over tokens, then over micro-batches.
+# Behind these stands one sum over micro-batches for each auxiliary loss.
+WINDOW_SUMS = ("dropped", "tokens", "entropy", "max1_over_max2", "max2_over_max3", "z_loss", "micro_batches")
 
 
 class SkyworkRouter(TopKRouter):
     """Top-k router of one MoE layer; takes the place of `MoESubmodules.router`.
 
     Buffers:
-        aux_coefficient: fp32 scalar, the weight of the auxiliary loss in this step; in the state dict exactly when it adapts.
-        window: float64 [E + len(WINDOW_SUMS)], this rank's sums since the last optimizer step; never saved.
+        aux_coefficient: fp32 scalar, the weight of the main auxiliary loss in this step; in the state dict exactly when it adapts.
+        batch_means: fp32 [2, E], mean gate and load of the last step's global batch; there and in the state dict exactly when a loss needs them.
+        window: float64 [2 E + len(WINDOW_SUMS) + number of losses], this rank's sums since the last optimizer step; never saved.
+
+    Attributes:
+        observes: what is counted. `health` all; `drops` what coefficients need; `nothing` nothing. Set from outside, `health` at first.
+        probe: told the routing of evaluation forwards where there is one.
 
     Args:
         config: with `skywork` set.
@@ -54,14 +64,37 @@ class SkyworkRouter(TopKRouter):
 
     config: SkyworkTransformerConfig
     aux_coefficient: Tensor
+    batch_means: Tensor
     window: Tensor
 
     def __init__(self, config: SkyworkTransformerConfig, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any) -> None:
         self._require_consistent(config)
         super().__init__(config, pg_collection, **kwargs)
         moe = self.moe
-        self.register_buffer(COEFFICIENT_NAME, torch.tensor(moe.aux_coefficient, dtype=torch.float32), persistent=moe.adaptive.enabled)
-        self.register_buffer("window", torch.zeros(moe.num_experts + len(WINDOW_SUMS), dtype=torch.float64), persistent=False)
+        self.observes: Literal["health", "drops", "nothing"] = "health"
+        self.probe: RoutingProbe | None = None
+        self.losses = [] if moe.aux_loss == "none" else [(moe.aux_loss, moe.aux_scope), *((extra.loss, extra.scope) for extra in moe.extra_aux_losses)]
+        self.extra_coefficients = [0.0 for _ in moe.extra_aux_losses]
+        self.register_buffer(COEFFICIENT_NAME, torch.zeros((), dtype=torch.float32), persistent=moe.adaptive.enabled)
+        if any(scope == "global_batch" for _, scope in self.losses):
+            self.register_buffer(MEANS_NAME, torch.full((2, moe.num_experts), 1.0 / moe.num_experts, dtype=torch.float32))
+        self.register_buffer("window", torch.zeros(2 * moe.num_experts + len(WINDOW_SUMS) + len(self.losses), dtype=torch.float64), persistent=False)
+        self._set_coefficients(0)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called when the model is built; which of several coefficients is this layer's is known from here on."""
+        super().set_layer_number(layer_number)
+        frequency = self.config.moe_layer_freq
+        before = sum(frequency[: layer_number - 1]) if isinstance(frequency, list) else (layer_number - 1) // frequency
+        self._set_coefficients(before)
+
+    def _set_coefficients(self, moe_layer: int) -> None:
+        def of_layer(coefficients: Coefficients) -> float:
+            return coefficients[moe_layer % len(coefficients)] if isinstance(coefficients, list) else coefficients
+
+        self.first_coefficient = of_layer(self.moe.aux_coefficient)
+        self.extra_coefficients = [of_layer(extra.coefficient) for extra in self.moe.extra_aux_losses]
+        self.aux_coefficient.fill_(self.first_coefficient)
 
     @property
     def moe(self) -> Moe:
@@ -128,25 +161,37 @@ class SkyworkRouter(TopKRouter):
             fused=self.config.moe_router_fusion,
             router_replay=self.router_replay,
         )
-        kept_TE = routed_TE
-        # An evaluation measures the model that is exported, which drops nothing; only fixed shapes keep the limit.
-        if self.config.moe_expert_capacity_factor is not None and (self.training or self.config.moe_pad_expert_input_to_capacity):
-            probs_TE, kept_TE = apply_router_token_dropping(
-                probs_TE,
-                routed_TE,
-                router_topk=self.topk,
-                capacity_factor=self.config.moe_expert_capacity_factor,
-                drop_policy=self.config.moe_token_drop_policy,
-                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
-            )
+        probs_TE, kept_TE = self._drop(probs_TE, routed_TE, valid_T)
         if training:
-            gate_TE = self._full_gate(logits_TE)
-            if self.moe.aux_loss != "none":
-                probs_TE = self._attach_aux_loss(probs_TE, gate_TE, routed_TE, valid_T)
-            self._count(gate_TE.detach(), routed_TE, kept_TE, valid_T)
+            gate_TE = self._full_gate(logits_TE) if self.losses or self.observes == "health" else None
+            if self.losses:
+                assert gate_TE is not None
+                probs_TE = self._attach_aux_losses(probs_TE, gate_TE, routed_TE, valid_T, logits.shape[1])
+            if self.observes != "nothing":
+                self._count_drops(routed_TE, kept_TE, valid_T)
+            if self.observes == "health":
+                assert gate_TE is not None
+                self._count_health(gate_TE.detach(), valid_T)
+        elif self.probe is not None and not self.training:
+            self.probe.see(routed_TE)
         if self.enable_expert_bias:
             self._apply_expert_bias(kept_TE, padding_mask=None if valid_T is None else ~valid_T.unsqueeze(-1))
         return probs_TE, kept_TE
+
+    def _drop(self, probs_TE: Tensor, routed_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weights and map of what is kept. An evaluation has a limit of its own, by default none: it measures the model that is exported."""
+        moe = self.moe
+        factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
+        if factor is None:
+            return probs_TE, routed_TE
+        group = self.tp_cp_group if moe.capacity_scope == "micro_batch" else None
+        num_tokens = routed_TE.shape[0] * (1 if group is None else group.size())
+        capacity = get_capacity(num_tokens * self.topk, moe.num_experts, factor)
+        priority_TE = drop_priority(probs_TE, routed_TE, moe.drop_policy, valid_T)
+        taken_TE = slots_of_group(priority_TE, capacity, group, self.cp_group.size())
+        # Padded slots are part of the map that the dispatcher gets; their weight is 0.
+        kept_TE = taken_TE if moe.pad_to_capacity and self.training else taken_TE & routed_TE
+        return probs_TE * kept_TE, kept_TE
 
     def _full_gate(self, logits_TE: Tensor) -> Tensor:
         """Probabilities over all experts, before selection."""
@@ -157,20 +202,38 @@ class SkyworkRouter(TopKRouter):
 
     # ------------------------------------------------------------------------------------------------------------------ losses
 
-    def _attach_aux_loss(self, probs_TE: Tensor, gate_TE: Tensor, routed_TE: Tensor, valid_T: Tensor | None) -> Tensor:
-        """Add coefficient * L to the training loss through `probs_TE`; aux_loss.py derives the scaling."""
-        local_tokens = gate_TE.new_full((1,), gate_TE.shape[0]) if valid_T is None else valid_T.sum(dtype=gate_TE.dtype).reshape(1)
-        weighted_TE = gate_TE if valid_T is None else gate_TE * valid_T.unsqueeze(-1)
-        # Mean gate, load and token count travel in one all-reduce.
-        routed_E = routed_per_expert(routed_TE, valid_T).to(gate_TE.dtype)
-        sums = sum_over_group(torch.cat([weighted_TE.sum(dim=0), routed_E, local_tokens]), self.tp_cp_group)
-        gate_sum_E, routed_sum_E, tokens = sums[: self.num_experts], sums[self.num_experts : -1].detach(), sums[-1].detach().clamp(min=1.0)
-        if self.moe.aux_loss == "report":
-            loss = report_from_means(gate_sum_E / tokens)
-        else:
-            loss = switch_from_means(gate_sum_E / tokens, routed_sum_E / (self.topk * tokens))
-        self._add_to_window("aux_loss", loss)
-        return MoEAuxLossAutoScaler.apply(probs_TE, self.aux_coefficient * loss * self._per_token_factor(tokens))
+    def _attach_aux_losses(self, probs_TE: Tensor, gate_TE: Tensor, routed_TE: Tensor, valid_T: Tensor | None, batch: int) -> Tensor:
+        """Add the sum of coefficient * L to the training loss through `probs_TE`; aux_loss.py derives scopes and scaling."""
+        experts = self.num_experts
+        group_size = self.tp_cp_group.size()
+        ones_T = gate_TE.new_ones(gate_TE.shape[0]) if valid_T is None else valid_T.to(gate_TE.dtype)
+        # Gate sums, load and token count of each sequence travel in one all-reduce; [B, 2 E + 1].
+        columns = torch.cat([gate_TE, routed_TE.to(gate_TE.dtype), torch.ones_like(gate_TE[:, :1])], dim=1) * ones_T.unsqueeze(-1)
+        local_BX = columns.reshape(-1, batch, 2 * experts + 1).sum(dim=0)
+        self.window[experts : 2 * experts] += local_BX[:, :experts].detach().sum(dim=0)
+        by_sequence = any(scope == "sequence" for _, scope in self.losses)
+        if not by_sequence:
+            local_BX = local_BX.sum(dim=0, keepdim=True)
+        needs_group = by_sequence or valid_T is not None or any(scope == "micro_batch" for _, scope in self.losses)
+        group_BX = sum_over_group(local_BX, self.tp_cp_group) if needs_group else local_BX
+        tokens = group_BX[:, -1].detach().sum().clamp(min=1.0) * (1 if needs_group else group_size)
+
+        total = gate_TE.new_zeros(())
+        for index, ((kind, scope), coefficient) in enumerate(zip(self.losses, [self.aux_coefficient, *self.extra_coefficients], strict=True)):
+            if scope == "global_batch":
+                loss = torch.dot(balance_slope(kind, *self.batch_means), local_BX[:, :experts].sum(dim=0) / tokens)
+            else:
+                loss = self._loss_over(kind, group_BX if scope == "sequence" else group_BX.sum(dim=0, keepdim=True))
+                self.window[index - len(self.losses)] += loss.detach()
+            total = total + coefficient * loss
+        return MoEAuxLossAutoScaler.apply(probs_TE, total * self._per_token_factor(tokens))
+
+    def _loss_over(self, kind: str, sums_NX: Tensor) -> Tensor:
+        """Mean loss of N sets of tokens, weighted by their tokens, from sums [N, 2 E + 1] of gate, routed assignments and tokens."""
+        gate_NE, routed_NE, tokens_N = sums_NX.split([self.num_experts, self.num_experts, 1], dim=1)
+        tokens_N1 = tokens_N.detach().clamp(min=1.0)
+        loss_N = balance_loss(kind, gate_NE / tokens_N1, routed_NE.detach() / (self.topk * tokens_N1))
+        return (loss_N * tokens_N1.squeeze(1)).sum() / tokens_N1.sum()
 
     def _attach_z_loss(self, logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
         """Add the z-loss to the training loss: the mean over this rank's tokens, of which the group's mean is taken."""
@@ -187,21 +250,26 @@ class SkyworkRouter(TopKRouter):
     # ------------------------------------------------------------------------------------------------------------------ statistics
 
     @torch.no_grad()
-    def _count(self, gate_TE: Tensor, routed_TE: Tensor, kept_TE: Tensor, valid_T: Tensor | None) -> None:
-        """Add this forward's tokens to the window."""
-        experts = self.num_experts
-        self.window[:experts] += routed_per_expert(routed_TE, valid_T)
-        self._add_to_window("dropped", count_dropped(routed_TE, kept_TE, valid_T))
-        per_token = torch.stack([torch.ones_like(gate_TE[:, 0]), gate_entropy(gate_TE), *gate_ratios(gate_TE)])
-        if valid_T is not None:
-            per_token = per_token * valid_T
-        first = experts + WINDOW_SUMS.index("tokens")
-        self.window[first : first + 4] += per_token.sum(dim=1, dtype=torch.float64)
-        self.window[experts + WINDOW_SUMS.index("micro_batches")] += 1
+    def _count_drops(self, routed_TE: Tensor, kept_TE: Tensor, valid_T: Tensor | None) -> None:
+        """Add this forward's assignments to the window: what coefficients follow."""
+        self.window[: self.num_experts] += routed_per_expert(routed_TE, valid_T)
+        if self.moe.capacity_factor is not None:
+            self._add_to_window("dropped", count_dropped(routed_TE, kept_TE, valid_T))
+        self._add_to_window("tokens", routed_TE.shape[0] if valid_T is None else valid_T.sum(dtype=torch.float64))
+        self._add_to_window("micro_batches", 1)
 
     @torch.no_grad()
-    def _add_to_window(self, name: str, value: Tensor) -> None:
-        self.window[self.num_experts + WINDOW_SUMS.index(name)] += value
+    def _count_health(self, gate_TE: Tensor, valid_T: Tensor | None) -> None:
+        """Add this forward's gate to the window: what people look at."""
+        per_token = torch.stack([gate_entropy(gate_TE), *gate_ratios(gate_TE)])
+        if valid_T is not None:
+            per_token = per_token * valid_T
+        first = 2 * self.num_experts + WINDOW_SUMS.index("entropy")
+        self.window[first : first + 3] += per_token.sum(dim=1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def _add_to_window(self, name: str, value: Tensor | float) -> None:
+        self.window[2 * self.num_experts + WINDOW_SUMS.index(name)] += value
 
     # ------------------------------------------------------------------------------------------------------------------ settings
 

@@ -3,7 +3,8 @@
 * Entropy of the gate in nats, mean over tokens: log(E) is a gate that has no opinion, 0 one that is always certain.
 * Max1/Max2, the largest over the second largest gate probability, mean over tokens (report, section 4.1: near 1 means that the choice between
   experts has become a coin toss; without normalization it falls to 1.005). Max2/Max3 likewise.
-* Load, from each expert's share of the routed assignments: largest over mean, coefficient of variation, and experts that get almost nothing.
+* Load, from each expert's share of the routed assignments: largest over mean, coefficient of variation, percentiles, and experts that get
+  almost nothing.
 
 All of it works on the device and waits for nothing. Shapes: T tokens, E experts, L layers.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 
 # A gate whose second probability underflows would make one token's ratio infinite and the mean with it.
 LARGEST_RATIO = 1e6
+PERCENTILES = (0.1, 0.5, 0.9)
 
 
 def gate_entropy(probs_TE: Tensor) -> Tensor:
@@ -40,8 +42,10 @@ class LoadSummary:
     """1 for an even load, E when one expert gets everything."""
     variation: Tensor
     """Standard deviation over mean of the shares (over all experts, so biased): 0 for an even load."""
-    dead_experts: Tensor
-    """Experts below `dead_below` of the even share, int64."""
+    percentiles: Tensor
+    """[3, ...]: the 10th, 50th and 90th percentile over experts of load / even share."""
+    is_dead: Tensor
+    """[..., E] bool: experts below `dead_below` of the even share."""
 
 
 def summarize_load(load_LE: Tensor, dead_below: float = 0.01) -> LoadSummary:
@@ -51,10 +55,10 @@ def summarize_load(load_LE: Tensor, dead_below: float = 0.01) -> LoadSummary:
         load_LE: shares or counts per expert along the last axis.
         dead_below: an expert is dead when it gets less than this part of the even share.
     """
-    mean = load_LE.mean(dim=-1)
-    safe_mean = mean.clamp(min=torch.finfo(load_LE.dtype).tiny)
+    relative_LE = load_LE / load_LE.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(load_LE.dtype).tiny)
     return LoadSummary(
-        max_over_mean=load_LE.amax(dim=-1) / safe_mean,
-        variation=load_LE.std(dim=-1, unbiased=False) / safe_mean,
-        dead_experts=(load_LE < dead_below * mean.unsqueeze(-1)).sum(dim=-1),
+        max_over_mean=relative_LE.amax(dim=-1),
+        variation=relative_LE.std(dim=-1, unbiased=False),
+        percentiles=torch.quantile(relative_LE, torch.tensor(PERCENTILES, dtype=load_LE.dtype, device=load_LE.device), dim=-1),
+        is_dead=relative_LE < dead_below,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_skywork import device, parallel
 from megatron_skywork.config.schema import Config
 from megatron_skywork.metrics.throughput import PhaseTimer
-from megatron_skywork.moe.router_state import RouterSummary, find_routers, update_coefficients
+from megatron_skywork.moe.router_state import RouterSummary, find_routers, observe, schedule_coefficients, update_coefficients
 from megatron_skywork.optim import guarded_step, learning_rate, set_rates
 
 Batch = dict[str, Tensor]
@@ -55,6 +55,7 @@ class TrainStep:
         self._config, self._chunks, self._optimizer, self._timer = config, chunks, optimizer, timer
         self._num_micro_batches = num_micro_batches
         self._routers = find_routers(chunks)
+        observe(self._routers, health=config.metrics.router)
         connect_schedule(config, chunks, optimizer)
 
     def __call__(self, step: int, loader: Iterator[Batch]) -> StepResult:
@@ -65,6 +66,7 @@ class TrainStep:
             for chunk in self._chunks:
                 chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
+            schedule_coefficients(self._routers, step)
             loss_sum, num_tokens = run_schedule(self._config, self._chunks, batches, forward_only=False)
         with self._timer.phase("optimizer"):
             rate = learning_rate(step, self._config.optim, self._config.train.steps)

@@ -98,7 +98,7 @@ def check_one_reduction_gives_every_rank_the_same_coefficients(rank: int, folder
     assert len(calls) == 1
     total = sum(windows)
     assert total[:, :EXPERTS].sum().item() == 3 * WORLD * 8 * 2
-    rates = total[:, EXPERTS] / (WORLD * 8 * 2)
+    rates = total[:, 2 * EXPERTS] / (WORLD * 8 * 2)  # the first of WINDOW_SUMS
     assert (rates > 0).all()
     torch.testing.assert_close(summary.drop_rate, rates.float())
     expected = 0.5 * 0.01 + 0.5 * (0.2 * rates).clamp(max=0.01).float()

@@ -75,7 +75,8 @@ def _hidden(tokens: int = 24, batch: int = 2, seed: int = 1) -> torch.Tensor:
 
 
 def _window(router: SkyworkRouter, name: str) -> float:
-    return router.window[EXPERTS + WINDOW_SUMS.index(name)].item()
+    """A sum of the window; `aux_loss` is the main loss's."""
+    return router.window[-len(router.losses) if name == "aux_loss" else 2 * EXPERTS + WINDOW_SUMS.index(name)].item()
 
 
 def _full_gate(router: SkyworkRouter, hidden: torch.Tensor) -> torch.Tensor:
@@ -144,8 +145,16 @@ def test_an_evaluation_drops_nothing():
     assert router(_hidden())[1].sum() < free(_hidden())[1].sum()
     for one in (router, padded):
         one.eval()
-    torch.testing.assert_close(router(_hidden()), free(_hidden()))
-    assert (padded(_hidden())[0] > 0).sum() < free(_hidden())[1].sum()  # shapes stay fixed
+        torch.testing.assert_close(one(_hidden()), free(_hidden()))
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_an_evaluation_has_a_capacity_of_its_own(pad):
+    router, other = _router(capacity_factor=4.0, eval_capacity_factor=0.5, pad_to_capacity=pad), _router(capacity_factor=0.5)
+    expected = other(_hidden())
+    assert expected[1].sum() < 48
+    router.eval()
+    torch.testing.assert_close(router(_hidden()), expected)
 
 
 @pytest.mark.parametrize("pad", [False, True])

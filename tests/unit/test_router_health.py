@@ -34,4 +34,6 @@ def test_load_summary():
     summary = summarize_load(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.4, 0.3, 0.2990, 0.0010]]))
     torch.testing.assert_close(summary.max_over_mean, torch.tensor([1.0, 2.0, 4.0, 1.6]))
     torch.testing.assert_close(summary.variation[:3], torch.tensor([0.0, 1.0, math.sqrt(3)]))
-    assert summary.dead_experts.tolist() == [0, 2, 3, 1]
+    assert summary.is_dead.sum(dim=-1).tolist() == [0, 2, 3, 1] and summary.is_dead[3].tolist() == [False, False, False, True]
+    # Of load / even share: [0, 0, 2, 2] and [0, 0, 0, 4].
+    torch.testing.assert_close(summary.percentiles[:, 1:3], torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 2.8]]))
