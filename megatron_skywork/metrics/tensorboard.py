@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skywork.errors import ConfigError
-from megatron_skywork.metrics.scalars import scalars
+from megatron_skywork.metrics.scalars import evaluation_scalars, scalars
 
 
 def require() -> None:
@@ -39,9 +39,8 @@ class TensorBoardWriter:
             self._writer.add_scalar(name, value, record["step"])
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        for name, value in (record.get("losses") or {}).items():
-            if value is not None:
-                self._writer.add_scalar(f"evaluation/{name}", value, record["step"])
+        for name, value in evaluation_scalars(record):
+            self._writer.add_scalar(name, value, record["step"])
 
     def event(self, record: Mapping[str, Any]) -> None:
         self._writer.add_text("events", str(record["event"]), record["step"])

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from megatron_skywork.metrics.scalars import scalars
+from megatron_skywork.metrics.scalars import evaluation_scalars, scalars
 
 FINISH_SECONDS = 60.0
 _POLL_SECONDS = 1.0
@@ -75,7 +75,7 @@ def _follow(run: Any, path: Path, offset: int) -> None:
             if record.get("kind") == "step":
                 run.log({"step": record["step"], **dict(scalars(record))})
             elif record.get("kind") == "eval":
-                run.log({"step": record["step"], **{f"evaluation/{name}": loss for name, loss in record["losses"].items() if loss is not None}})
+                run.log({"step": record["step"], **dict(evaluation_scalars(record))})
         if over:
             return
         over = bool(select.select([sys.stdin], [], [], _POLL_SECONDS)[0]) or os.getppid() != parent

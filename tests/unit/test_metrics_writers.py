@@ -19,7 +19,7 @@ from megatron_skywork.errors import ConfigError
 from megatron_skywork.metrics import tensorboard
 from megatron_skywork.metrics.console import ConsoleWriter
 from megatron_skywork.metrics.jsonl import JsonlWriter, strict
-from megatron_skywork.metrics.scalars import scalars
+from megatron_skywork.metrics.scalars import evaluation_scalars, scalars
 from megatron_skywork.metrics.wandb_follower import run_id
 from megatron_skywork.metrics.writers import Writers, open_writers
 
@@ -220,6 +220,26 @@ def test_scalars_of_a_record():
     assert not {"step", "mfu", "router/layers/mean"} & values.keys()
 
 
+def test_scalars_of_experts_and_of_several_losses():
+    more = {"load_p10": [0.5, 0.1], "load_max_over_mean": [1.0, 1.25], "dead_experts": [0, 3], "dead_expert_ids": [[], [0, 2, 5]]}
+    router = {**STEP["router"], **more, "extra_aux_losses": {"switch_sequence": [1.0, None]}}
+    values = dict(scalars({**STEP, "router": router}))
+    assert values["router/load_p10/mean"] == pytest.approx(0.3) and values["router/load_p10/layer_002"] == 0.1
+    assert values["router/load_max_over_mean/layer_002"] == 1.25, "what is recorded is not computed again"
+    assert values["router/dead_experts/total"] == 3 and values["router/dead_experts/mean"] == 1.5
+    assert values["router/extra_aux_losses/switch_sequence/mean"] == 1.0 and "router/extra_aux_losses/switch_sequence/layer_002" not in values
+    assert not any(name.startswith(("router/dead_expert_ids", "router/load/")) for name in values) and all(type(value) is float for value in values.values())
+
+
+def test_scalars_of_an_evaluation():
+    router = {"layers": [1, 3], "changed_experts": [None, None], "expert_similarity": [0.9, 0.7]}
+    values = dict(evaluation_scalars({"kind": "eval", "step": 4, "losses": {"valid": 2.0, "code": None}, "router": router}))
+    expected = {"evaluation/valid": 2.0, "evaluation_router/expert_similarity/mean": 0.8}
+    expected |= {"evaluation_router/expert_similarity/layer_001": 0.9, "evaluation_router/expert_similarity/layer_003": 0.7}
+    assert values == pytest.approx(expected)
+    assert dict(evaluation_scalars({"step": 4, "losses": {"valid": 2.0}})) == {"evaluation/valid": 2.0}
+
+
 def test_tensorboard_missing_is_a_config_error_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("RANK", "1")
@@ -233,11 +253,12 @@ def test_tensorboard_events_are_written(tmp_path: Path):
 
     writers = open_writers(make_config(tensorboard=True), tmp_path, resume_step=None)
     writers.step(STEP)
-    writers.evaluation({"step": 12, "losses": {"valid": 2.0}})
+    writers.evaluation({"step": 12, "losses": {"valid": 2.0}, "router": {"layers": [1], "changed_experts": [0.25]}})
     writers.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Scalars("loss")[0].value == pytest.approx(2.345) and events.Scalars("evaluation/valid")[0].step == 12
+    assert events.Scalars("evaluation_router/changed_experts/layer_001")[0].value == pytest.approx(0.25)
 
 
 def test_wandb_id_is_kept(tmp_path: Path):
