@@ -19,9 +19,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.transformer.module import Float16Module, MegatronModule  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection  # noqa: E402
 
+from megatron_skywork.moe.aux_loss import report_aux_loss, switch_aux_loss  # noqa: E402
+from megatron_skywork.moe.gating_norm import normalize_logits  # noqa: E402
 from megatron_skywork.moe.router import SkyworkRouter  # noqa: E402
 from megatron_skywork.moe.router_state import RouterSummary, gather_router_metrics, update_coefficients  # noqa: E402
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig  # noqa: E402
+from megatron_skywork.parallel import sequence_part  # noqa: E402
 
 WORLD, HIDDEN, EXPERTS, SEQUENCE = 4, 16, 8, 32
 
@@ -42,9 +45,16 @@ def _router(config: SkyworkTransformerConfig, layer: int = 1) -> SkyworkRouter:
     return router
 
 
-def _groups(tp: int = 1, pp: int = 1) -> None:
+def _groups(tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> None:
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tp, pp)
+    parallel_state.initialize_model_parallel(tp, pp, context_parallel_size=cp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1)
+
+
+def _my_part(sequences_SN: torch.Tensor, tp: int, cp: int) -> torch.Tensor:
+    """This rank's part of sequences whose first axis is the position: a zigzag over context-parallel ranks, then a slice over tensor-parallel ones."""
+    part = sequence_part(sequences_SN.transpose(0, 1), parallel_state.get_context_parallel_rank(), cp).transpose(0, 1)
+    local = SEQUENCE // tp // cp
+    return part[parallel_state.get_tensor_model_parallel_rank() * local :][:local]
 
 
 def _micro_batches() -> torch.Tensor:
@@ -52,32 +62,95 @@ def _micro_batches() -> torch.Tensor:
     return torch.randn(WORLD, SEQUENCE, 1, HIDDEN, generator=torch.Generator().manual_seed(5))
 
 
-def check_loss_gradient_does_not_depend_on_the_layout(rank: int, folder: Path) -> None:
-    moes = [Moe(num_experts=EXPERTS, aux_loss=kind, router_init_std=0.5, z_loss_coefficient=0.1) for kind in ("report", "switch")]
-    for moe in moes:
-        for per_token in (False, True):
-            gradients, logged = [], []
-            for tp in (1, 2, 4):
-                _groups(tp=tp)
-                dp, dp_rank, tp_rank = WORLD // tp, parallel_state.get_data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()
-                router = _router(_config(moe, tp, calculate_per_token_loss=per_token))
-                num_micro_batches = WORLD // dp
-                MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), 1.0 if per_token else 1.0 / num_micro_batches)
-                local = SEQUENCE // tp
-                for hidden in _micro_batches()[dp_rank::dp]:
-                    probs, _ = router(hidden[tp_rank * local : (tp_rank + 1) * local])
-                    (probs * 0).sum().backward()
-                # As megatron-core does: summed over tensor-parallel ranks, then averaged over data-parallel ones, or divided by the batch's tokens.
-                gradient = router.weight.grad.clone()
-                torch.distributed.all_reduce(gradient)
-                gradients.append(gradient / (WORLD * SEQUENCE if per_token else dp))
-                summary = update_coefficients([router], parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True), skipped=False)
-                logged.append(torch.cat([summary.aux_loss, summary.z_loss, summary.entropy, summary.max1_over_max2, summary.load[0]]))
-            assert gradients[0].abs().max() > 1e-4
-            for gradient, values in zip(gradients[1:], logged[1:], strict=True):
-                torch.testing.assert_close(gradient, gradients[0], rtol=1e-5, atol=1e-8)
-                torch.testing.assert_close(values, logged[0], rtol=1e-5, atol=1e-7)
+# (tensor, context) parallel degrees of 4 ranks, and every number of sequences per micro-batch that the layout allows with 4 sequences.
+SPLITS = {(1, 1): [1], (2, 1): [1, 2], (1, 2): [1], (4, 1): [1, 2, 4], (2, 2): [1, 4], (1, 4): [1]}
+LOSSES = {
+    **{f"{kind} {scope}": {"aux_loss": kind, "aux_scope": scope} for kind in ("report", "switch") for scope in ("sequence", "micro_batch", "global_batch")},
+    "all at once": {
+        "aux_loss": "report", "aux_scope": "global_batch", "z_loss_coefficient": 0.1,
+        "extra_aux_losses": [{"loss": "switch", "scope": "sequence", "coefficient": 0.3}, {"loss": "switch", "scope": "global_batch", "coefficient": 0.2}]},
+}  # fmt: skip
+
+
+def _router_gradient(moe: Moe, tp: int, cp: int, sequences: int, per_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The router's gradient of the second of two steps on the same four sequences, as training would have it, and what the step says."""
+    dp, dp_rank = WORLD // tp // cp, parallel_state.get_data_parallel_rank()
+    router = _router(_config(moe, tp, calculate_per_token_loss=per_token))
+    num_micro_batches = WORLD // dp // sequences
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), 1.0 if per_token else cp / num_micro_batches)
+    mine = _my_part(_micro_batches()[dp_rank::dp].squeeze(2).transpose(0, 1), tp, cp)
+    for _ in range(2):
+        router.weight.grad = None
+        for hidden in mine.split(sequences, dim=1):
+            probs, _ = router(hidden)
+            (probs * 0).sum().backward()
+        summary = update_coefficients([router], parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True), skipped=False)
+    # As megatron-core does: summed over tensor-parallel ranks, then averaged over data- and context-parallel ones, or divided by the batch's tokens.
+    gradient = router.weight.grad.clone()
+    torch.distributed.all_reduce(gradient)
+    said = [summary.aux_loss, summary.z_loss, summary.entropy, summary.max1_over_max2, summary.load[0], *summary.extra_aux_losses.values()]
+    return gradient / (WORLD * SEQUENCE if per_token else dp * cp), torch.cat(said)
+
+
+def _whole_batch_gradient(moe: Moe) -> torch.Tensor:
+    """The same by autograd from the formulas, on the four sequences at once."""
+    weight = _router(_config(moe)).weight.detach().clone().requires_grad_()
+    logits = torch.einsum("nsh,eh->nse", _micro_batches().squeeze(2), weight)
+    gate = torch.softmax(normalize_logits(logits.flatten(0, 1)), dim=-1).view(WORLD, SEQUENCE, EXPERTS)
+    routed = torch.zeros_like(gate, dtype=torch.bool).scatter(2, gate.topk(2, dim=-1).indices, True)
+
+    def loss(kind: str, scope: str) -> torch.Tensor:
+        parts = [(gate.flatten(0, 1), routed.flatten(0, 1))] if scope == "global_batch" else list(zip(gate, routed, strict=True))
+        return torch.stack([report_aux_loss(probs) if kind == "report" else switch_aux_loss(probs, chosen, 2) for probs, chosen in parts]).mean()
+
+    total = moe.aux_coefficient * loss(moe.aux_loss, moe.aux_scope) + moe.z_loss_coefficient * torch.logsumexp(logits, dim=-1).square().mean()
+    for extra in moe.extra_aux_losses:
+        total = total + extra.coefficient * loss(extra.loss, extra.scope)
+    return torch.autograd.grad(total, weight)[0]
+
+
+def check_router_gradient_does_not_depend_on_layout_or_split(rank: int, folder: Path) -> None:
+    _groups()
+    moes = {name: Moe(num_experts=EXPERTS, router_init_std=0.5, aux_coefficient=0.5, **settings) for name, settings in LOSSES.items()}
+    expected = {name: _whole_batch_gradient(moe) for name, moe in moes.items()}
+    logged: dict[str, torch.Tensor] = {}
+    for (tp, cp), splits in SPLITS.items():
+        _groups(tp=tp, cp=cp)
+        for name, moe in moes.items():
+            # Means over a micro-batch are another loss when it holds more sequences; the layout alone must not matter.
+            for sequences in splits[:1] if moe.aux_scope == "micro_batch" else splits:
+                for per_token in (False, True):
+                    gradient, values = _router_gradient(moe, tp, cp, sequences, per_token)
+                    difference = (gradient - expected[name]).abs().max() / expected[name].abs().max()
+                    assert expected[name].abs().max() > 1e-4 and difference < 1e-6, (name, tp, cp, sequences, per_token, difference.item())
+                    torch.testing.assert_close(values, logged.setdefault(name, values), rtol=1e-5, atol=1e-7)
     MoEAuxLossAutoScaler.main_loss_backward_scale = None
+
+
+def check_the_same_assignments_are_dropped_under_every_layout(rank: int, folder: Path) -> None:
+    """Two micro-batches of two sequences; data-parallel ranks beyond two repeat them."""
+    whole = _micro_batches().squeeze(2).transpose(0, 1)
+    positions = torch.arange(SEQUENCE * 2).reshape(SEQUENCE, 2)
+    for policy in ("probs", "position"):
+        moe = Moe(num_experts=EXPERTS, router_init_std=0.5, capacity_factor=0.8, drop_policy=policy)
+        dropped_at: dict[int, set[int]] = {}
+        for tp, cp, ep in ((1, 1, 1), (1, 1, 4), (2, 1, 1), (2, 1, 2), (4, 1, 4), (2, 2, 2), (1, 4, 2)):
+            _groups(tp=tp, cp=cp, ep=ep)
+            router = _router(_config(moe, tp, expert_model_parallel_size=ep))
+            number = parallel_state.get_data_parallel_rank() % 2
+            micro_batch = whole[:, 2 * number : 2 * number + 2]
+            hidden, mine = _my_part(micro_batch, tp, cp), _my_part(positions, tp, cp).flatten()
+            _, kept = router(hidden)
+            chosen = torch.zeros_like(kept).scatter(1, router.gating(hidden).flatten(0, 1).topk(2).indices, True)
+            lost = chosen & ~kept
+            assert not (kept & ~chosen).any()
+            mine_lost = {int(mine[token]) * EXPERTS + int(expert) for token, expert in lost.nonzero()}
+            everyone: list = [None] * WORLD
+            torch.distributed.all_gather_object(everyone, (number, mine_lost))
+            for which in {place for place, _ in everyone}:
+                found = set().union(*(entries for place, entries in everyone if place == which))
+                assert found and found == dropped_at.setdefault(which, found), (policy, tp, cp, ep)
+        assert sorted(dropped_at) == [0, 1]
 
 
 def check_one_reduction_gives_every_rank_the_same_coefficients(rank: int, folder: Path) -> None:
@@ -207,7 +280,8 @@ def check_coefficient_goes_through_a_checkpoint_and_another_layout(rank: int, fo
 
 
 CHECKS = [
-    check_loss_gradient_does_not_depend_on_the_layout,
+    check_router_gradient_does_not_depend_on_layout_or_split,
+    check_the_same_assignments_are_dropped_under_every_layout,
     check_one_reduction_gives_every_rank_the_same_coefficients,
     check_metrics_of_uneven_stages_are_sorted_everywhere,
     check_fp32_gate_trains_among_bf16_weights,
