@@ -1,15 +1,14 @@
 """Reading a run's folder for the report: what metrics.jsonl recorded, as arrays.
 
 A run may still be going on or may have died: a torn last line is skipped, missing fields are NaN, and only a folder with no step at all is refused.
-Expert loads are summarized while reading, because 100,000 steps of 52 layers and 16 experts do not belong in memory at once.
+What the routers said is read by `router_records.py`.
 
-Shapes: S recorded steps, L MoE layers, E experts.
+Shapes: S recorded steps.
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,45 +19,8 @@ import yaml
 
 from megatron_skywork.errors import DataError
 from megatron_skywork.metrics.jsonl import FILE_NAME, parse_line
-
-# What "at the end" means: the last tenth of the records, but never more than this many.
-MAX_WINDOW = 50
-PER_LAYER = ("drop_rate", "coefficient", "aux_loss", "entropy", "max1_over_max2")
-
-
-@dataclass(frozen=True)
-class Router:
-    """Router records of a run. Arrays that were not recorded are all NaN."""
-
-    layers: list[int]
-    """Layer numbers, from 1, in the order of the L axis."""
-    steps_S: np.ndarray
-    load_LE: np.ndarray
-    """Share of each expert, mean over the last `window` records; rows sum to 1."""
-    max_over_mean_SL: np.ndarray
-    """Largest expert's load over the mean load, at each step."""
-    per_layer: dict[str, np.ndarray]
-    """Name -> [S, L] for the names of `PER_LAYER`."""
-    window: int
-
-    @property
-    def num_experts(self) -> int:
-        return self.load_LE.shape[1]
-
-    @property
-    def relative_load_LE(self) -> np.ndarray:
-        """Load over the even share: 1 is fair, 0 is nothing."""
-        return self.load_LE * self.num_experts
-
-    @property
-    def entropy_SL(self) -> np.ndarray:
-        """Gate entropy over log(E): 1 is a gate without an opinion."""
-        return self.per_layer["entropy"] / np.log(self.num_experts)
-
-    def at_end(self, values_SL: np.ndarray) -> np.ndarray:
-        """Mean of each layer over the last `window` records, [L]; NaN where nothing was recorded."""
-        return nan_mean(values_SL[-self.window :], axis=0)
-
+from megatron_skywork.report.averages import window_of
+from megatron_skywork.report.router_records import Router, RouterReader
 
 @dataclass(frozen=True)
 class Run:
@@ -93,19 +55,6 @@ class Run:
     @property
     def window(self) -> int:
         return window_of(len(self.steps_S))
-
-
-def window_of(num_records: int) -> int:
-    """How many records "at the end" are."""
-    return max(1, min(MAX_WINDOW, num_records // 10))
-
-
-def nan_mean(values: np.ndarray, axis: int | None = None) -> Any:
-    """Mean of what is there; NaN, without a warning, where nothing is."""
-    known = ~np.isnan(values)
-    total = np.where(known, values, 0.0).sum(axis=axis)
-    count = known.sum(axis=axis)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan) if np.ndim(total) else (float(total / count) if count else float("nan"))
 
 
 def load_run(folder: str | Path, name: str | None = None) -> Run:
@@ -156,9 +105,7 @@ class _Reader:
         self.events: list[dict[str, Any]] = []
         self.nonfinite: set[int] = set()
         self._evaluations: dict[str, dict[int, float]] = {}
-        self._routers: dict[int, dict[str, Any]] = {}
-        self._loads: deque[tuple[int, np.ndarray]] = deque(maxlen=MAX_WINDOW)
-        self._layers: list[int] = []
+        self._router = RouterReader()
 
     def take(self, record: dict[str, Any]) -> None:
         kind, step = record.get("kind"), record.get("step")
@@ -169,6 +116,8 @@ class _Reader:
         elif kind == "eval" and isinstance(step, int):
             for name, loss in (record.get("losses") or {}).items():
                 self._evaluations.setdefault(name, {})[step] = _number(loss)
+            if (record.get("router") or {}).get("layers"):
+                self._router.take_evaluation(step, record["router"])
         elif kind == "event":
             self.events.append(record)
 
@@ -178,17 +127,8 @@ class _Reader:
         self.steps[step] = values
         if record.get("nonfinite"):
             self.nonfinite.add(step)
-        router = record.get("router")
-        if router and router.get("layers"):
-            if router["layers"] != self._layers:  # another model: what came before cannot be drawn beside it
-                self._layers = list(router["layers"])
-                self._routers.clear()
-                self._loads.clear()
-            load_LE = _array(router.get("load")) if router.get("load") else None
-            self._routers[step] = {name: router.get(name) for name in PER_LAYER}
-            if load_LE is not None and load_LE.ndim == 2 and np.isfinite(load_LE).all():
-                self._routers[step]["max_over_mean"] = load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-30)
-                self._loads.append((step, load_LE))
+        if record.get("router"):
+            self._router.take_step(step, record["router"])
 
     def scalars(self) -> dict[str, np.ndarray]:
         names = {name for values in self.steps.values() for name in values}
@@ -199,27 +139,11 @@ class _Reader:
         return {name: (np.array(sorted(losses)), np.array([losses[step] for step in sorted(losses)])) for name, losses in self._evaluations.items()}
 
     def router(self) -> Router | None:
-        if not self._routers or not self._loads:
-            return None
-        ordered = sorted(self._routers)
-        empty_L = np.full(len(self._layers), np.nan)
-
-        def over_steps(name: str) -> np.ndarray:
-            rows = [self._routers[step].get(name) for step in ordered]
-            return np.stack([empty_L if row is None else _array(row) for row in rows])
-
-        window = window_of(len(ordered))
-        load_LE = np.mean([load for _, load in list(self._loads)[-window:]], axis=0)
-        per_layer = {name: over_steps(name) for name in PER_LAYER}
-        return Router(self._layers, np.array(ordered), load_LE, over_steps("max_over_mean"), per_layer, window)
+        return self._router.router()
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else float("nan")
-
-
-def _array(values: Any) -> np.ndarray:
-    return np.array(values, dtype=np.float64)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
