@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 from ranks import RankPool
+from torch.distributed.checkpoint import FileSystemReader
 from training_bodies import BASE, merged, records, train
 
 from megatron_skywork.convert.item_digests import item_digests
+from megatron_skywork.convert.marker import write_marker
 from megatron_skywork.errors import CheckpointError
 
-# Everything that has a state: dropping, adaptive coefficients, accumulation, dropout, half precision.
+# Everything that has a state: dropping, adaptive coefficients, a loss over the global batch, accumulation, dropout, half precision.
 EVENTFUL = {
     "model": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
-    "moe": {"capacity_factor": 1.0, "adaptive": {"enabled": True, "momentum": 0.5}, "z_loss_coefficient": 1e-3},
+    "moe": {
+        "capacity_factor": 1.0, "adaptive": {"enabled": True, "momentum": 0.5}, "z_loss_coefficient": 1e-3,
+        "extra_aux_losses": [{"loss": "switch", "scope": "global_batch", "coefficient": 0.1}],
+    },
     "train": {"steps": 6, "precision": "bf16"},
 }
 RUNS = {
@@ -46,6 +52,23 @@ def test_resume_equals_not_stopping(ranks: RankPool, tmp_path: Path, name: str) 
         for field in ("step", "loss", "grad_norm", "learning_rate", "tokens", "samples", "router"):
             assert found.get(field) == expected.get(field), (expected["step"], field)
     assert _items(tmp_path / "halves", 6) == _items(tmp_path / "whole", 6)
+
+
+@pytest.mark.parametrize("state", ["aux_coefficient", "batch_means"])
+def test_routers_without_their_state_are_refused(ranks: RankPool, tmp_path: Path, state: str) -> None:
+    """Taken out of a checkpoint that is whole otherwise, the state of one layer's router must be missed, not begun anew."""
+    settings = merged(BASE, EVENTFUL, {"run_dir": str(tmp_path), "train": {"stop_at_step": 2}})
+    ranks.run(1, train, settings)
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    metadata = FileSystemReader(folder).read_metadata()
+    lost = f"decoder.layers.2.mlp.router.{state}"
+    del metadata.state_dict_metadata[lost]
+    metadata.storage_data = {index: place for index, place in metadata.storage_data.items() if index.fqn != lost}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    write_marker(folder)
+    with pytest.raises(AssertionError, match=f"(?s)CheckpointError.*does not fit this model.*{lost}"):
+        ranks.run(1, train, merged(settings, {"train": {"stop_at_step": 3}}))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
 
 
 def test_retention_keeps_the_newest_and_a_damaged_one_is_passed_over(ranks: RankPool, tmp_path: Path) -> None:
