@@ -20,7 +20,7 @@ from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
 from megatron_skywork.moe.aux_loss import report_aux_loss, switch_aux_loss  # noqa: E402
 from megatron_skywork.moe.router import WINDOW_SUMS, SkyworkRouter  # noqa: E402
-from megatron_skywork.moe.router_state import find_routers, gather_router_metrics, update_coefficients  # noqa: E402
+from megatron_skywork.moe.router_state import find_routers, gather_router_metrics, observe, schedule_coefficients, update_coefficients  # noqa: E402
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig  # noqa: E402
 
 HIDDEN, EXPERTS = 16, 8
@@ -422,7 +422,8 @@ class _HostWaits(TorchDispatchMode):
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_nothing_waits_for_the_device(policy):
     for kind in ("report", "switch"):
-        router = _router(capacity_factor=1.0, drop_policy=policy, aux_loss=kind, z_loss_coefficient=0.1, adaptive={"enabled": True})
+        further = [{"loss": kind, "scope": "sequence", "coefficient": 0.1}, {"loss": kind, "scope": "global_batch", "coefficient": 0.1}]
+        router = _router(capacity_factor=1.0, drop_policy=policy, aux_loss=kind, extra_aux_losses=further, z_loss_coefficient=0.1, adaptive={"enabled": True})
         mask = torch.zeros(12, 2, dtype=torch.bool)
         hidden = _hidden()
         with _HostWaits():
@@ -449,6 +450,80 @@ def test_a_stage_without_experts():
     summary = update_coefficients([], None, skipped=False)
     metrics = gather_router_metrics(summary, None)
     assert metrics["layers"] == metrics["load"] == metrics["drop_rate"] == []
+
+
+def test_metrics_say_what_the_load_is_like():
+    routers = _two_layers(aux_loss="report", extra_aux_losses=[{"loss": "switch", "scope": "sequence", "coefficient": 0.1}])
+    for router in routers:
+        router.weight.data[5] = -100.0 * torch.ones(HIDDEN)  # with positive inputs nobody chooses this expert
+        router(_hidden().abs())
+    metrics = gather_router_metrics(update_coefficients(routers, None, skipped=False), None)
+    for row in range(2):
+        load = torch.tensor(metrics["load"][row]) * EXPERTS
+        assert metrics["dead_expert_ids"][row] == [expert for expert in range(EXPERTS) if load[expert] < 0.01] and 5 in metrics["dead_expert_ids"][row]
+        assert metrics["dead_experts"][row] == len(metrics["dead_expert_ids"][row])
+        assert metrics["load_max_over_mean"][row] == pytest.approx(load.max().item(), rel=1e-5)
+        assert metrics["load_variation"][row] == pytest.approx(load.std(unbiased=False).item(), rel=1e-5)
+        assert metrics["load_p90"][row] == pytest.approx(load.quantile(0.9).item(), rel=1e-5)
+    assert len(metrics["extra_aux_losses"]["switch_sequence"]) == 2 and metrics["extra_aux_losses"]["switch_sequence"][0] > 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- coefficients and losses
+
+
+@pytest.mark.parametrize("layers", [[5, 3], [3, 5]])
+def test_every_moe_layer_has_its_own_fixed_coefficient(layers):
+    """Of a model whose third and fifth layers are the MoE layers."""
+    settings = {"aux_coefficient": [0.1, 0.2], "extra_aux_losses": [{"loss": "switch", "scope": "sequence", "coefficient": [3.0, 4.0]}]}
+    for layer in layers:
+        router = _router(layer=layer, overrides={"moe_layer_freq": [0, 0, 1, 0, 1, 0], "num_layers": 6}, **settings)
+        assert router.aux_coefficient.item() == pytest.approx({3: 0.1, 5: 0.2}[layer])
+        assert router.extra_coefficients == [{3: 3.0, 5: 4.0}[layer]]
+
+
+def test_a_schedule_moves_fixed_coefficients():
+    points = [{"step": 0, "factor": 1.0}, {"step": 10, "factor": 0.0}]
+    routers = [_router(layer=1, aux_coefficient=[0.1], aux_schedule=points), _router(layer=2, aux_coefficient=[0.1], aux_schedule=points)]
+    routers[1].first_coefficient = 0.4
+    for step, expected in ((1, 0.9), (5, 0.5), (20, 0.0), (3, 0.7)):
+        schedule_coefficients(routers, step)
+        assert [router.aux_coefficient.item() for router in routers] == pytest.approx([0.1 * expected, 0.4 * expected])
+    unscheduled = _router(aux_coefficient=0.3)
+    schedule_coefficients([unscheduled], 5)
+    assert unscheduled.aux_coefficient.item() == pytest.approx(0.3)
+
+
+def test_a_loss_over_the_global_batch_follows_the_step_before():
+    router, hidden = _router(aux_loss="report", aux_scope="global_batch", aux_coefficient=1.0), _hidden()
+    assert not _aux_gradient(router, hidden).any(), "nothing is known before the first step"
+    gates = [_full_gate(router, _hidden(seed=seed)).detach() for seed in (1, 2)]
+    router(_hidden(seed=2))
+    summary = update_coefficients([router], None, skipped=False)
+    mean = torch.cat(gates).mean(dim=0)
+    torch.testing.assert_close(router.batch_means[0], mean)
+    torch.testing.assert_close(router.batch_means[1], summary.load[0])
+    assert summary.aux_loss.item() == pytest.approx((1 / EXPERTS - mean).square().sum().item(), rel=1e-5)
+    slopes = 2 * (mean - 1 / EXPERTS)
+    surrogate = (slopes * _full_gate(router, hidden).mean(dim=0)).sum()
+    torch.testing.assert_close(_aux_gradient(router, hidden), torch.autograd.grad(surrogate, router.weight)[0], rtol=1e-4, atol=1e-8)
+    before = router.batch_means.clone()
+    update_coefficients([router], None, skipped=True)
+    assert torch.equal(router.batch_means, before) and "batch_means" in router.state_dict()
+    assert "batch_means" not in _router().state_dict()
+
+
+def test_what_is_not_looked_at_is_not_counted():
+    for settings, expected in (({}, "nothing"), ({"aux_scope": "global_batch"}, "drops"), ({"adaptive": {"enabled": True}}, "drops")):
+        router, watched = _router(capacity_factor=1.0, **settings), _router(capacity_factor=1.0, **settings)
+        observe([router], health=False)
+        observe([watched], health=True)
+        assert (router.observes, watched.observes) == (expected, "health")
+        torch.testing.assert_close(_aux_gradient(router, _hidden()), _aux_gradient(watched, _hidden()))
+        assert _window(router, "entropy") == 0 < _window(watched, "entropy")
+        assert _window(router, "dropped") == (_window(watched, "dropped") if expected == "drops" else 0)
+        summaries = [update_coefficients([one], None, skipped=False) for one in (router, watched)]
+        assert router.aux_coefficient == watched.aux_coefficient
+        assert (summaries[0].drop_rate == summaries[1].drop_rate) == (expected == "drops")
 
 
 def test_find_routers_sees_through_wrappers():
