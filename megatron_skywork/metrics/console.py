@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from megatron_skywork.metrics import wording
@@ -24,6 +24,12 @@ _CLEAR_LINE = "\r\x1b[2K"
 
 def _number(value: Any, form: str) -> str:
     return "none" if value is None else format(value, form)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Over the layers that have a value; None where none has."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def step_line(record: Mapping[str, Any], last_step: int) -> str:
@@ -88,8 +94,15 @@ class ConsoleWriter:
             self._bar(step, line)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        losses = "  ".join(f"{name} {_number(loss, '.4f')}" for name, loss in (record.get("losses") or {}).items())
-        self._line(f"evaluation at step {record['step']}  {losses}")
+        parts = [f"evaluation at step {record['step']}"]
+        parts += [f"{name} {_number(loss, '.4f')}" for name, loss in (record.get("losses") or {}).items()]
+        router = record.get("router") or {}
+        changed, similarity = (_mean(router.get(name) or []) for name in ("changed_experts", "expert_similarity"))
+        if changed is not None:
+            parts.append(f"experts changed {wording.percent(changed)}")
+        if similarity is not None:
+            parts.append(f"similarity {similarity:.3f}")
+        self._line("  ".join(parts))
 
     def event(self, record: Mapping[str, Any]) -> None:
         shown = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in record.items() if key not in ("kind", "event", "step", "time")}

@@ -59,7 +59,7 @@ class Writers:
             writer.step(complete)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """`step` and `losses`, a mean loss per validation set."""
+        """`step`, `losses` (a mean loss per validation set) and, where there are experts, `router` (see train/evaluate.py)."""
         complete = {"kind": "eval", "step": record["step"], "time": time.time(), **record}
         for writer in self._writers:
             writer.evaluation(complete)

@@ -163,9 +163,9 @@ class Training:
             )
 
     def evaluate(self) -> None:
-        """Loss on every validation set, written."""
+        """Loss on every validation set, and what routers and experts have to say, written."""
         if self.valid_loaders:
-            self.writers.evaluation({"step": self.state.step, "losses": evaluate(self.config, self.chunks, self.valid_loaders)})
+            self.writers.evaluation({"step": self.state.step, **evaluate(self.config, self.chunks, self.valid_loaders)})
 
     def save(self) -> None:
         """A checkpoint of this step."""
