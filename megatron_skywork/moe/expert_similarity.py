@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def mean_pairwise_cosine(
     return (norm - nonzero) / (num_experts * (num_experts - 1))
 
 
-def expert_similarity(experts: torch.nn.Module) -> Tensor:
+def expert_similarity(experts: Any) -> Tensor:
     """`mean_pairwise_cosine` of the experts of one MoE layer, over its expert-parallel and expert-tensor-parallel ranks, which must all call this.
 
     Args:

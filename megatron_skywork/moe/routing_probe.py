@@ -47,7 +47,8 @@ class RoutingProbe:
         if before_TE is None:
             return torch.zeros(2, dtype=torch.float64, device=now_TE.device)
         if before_TE.shape != now_TE.shape:
-            raise RuntimeError(f"the routing probe is {list(now_TE.shape)} and was {list(before_TE.shape)}; every evaluation must begin with the same micro-batch")
+            shapes = f"{list(now_TE.shape)} and was {list(before_TE.shape)}"
+            raise RuntimeError(f"the routing probe is {shapes}; every evaluation must begin with the same micro-batch")
         changed = (before_TE != now_TE).any(dim=1).sum(dtype=torch.float64)
         return torch.stack([changed, torch.full_like(changed, now_TE.shape[0])])
 

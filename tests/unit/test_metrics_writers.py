@@ -162,6 +162,18 @@ def test_console_lines():
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
 
 
+def test_an_evaluation_prints_means_over_the_layers_that_have_a_value():
+    stream = io.StringIO()
+    writer = ConsoleWriter(200, stream=stream)
+    router = {"layers": [1, 2], "changed_experts": [None, None], "expert_similarity": [1.0, 0.99]}
+    writer.evaluation({"step": 0, "losses": {"valid": 2.5}, "router": router})
+    writer.evaluation({"step": 9, "losses": {"valid": 2.5}, "router": {**router, "changed_experts": [0.25, 0.0]}})
+    assert stream.getvalue().splitlines() == [
+        "evaluation at step 0  valid 2.5000  similarity 0.995",
+        "evaluation at step 9  valid 2.5000  experts changed 12.5 %  similarity 0.995",
+    ]
+
+
 def test_a_dense_skipped_step_prints_what_it_has():
     stream = io.StringIO()
     ConsoleWriter(10, stream=stream).step({"step": 10, "loss": None, "grad_norm": math.inf, "skipped": True})
