@@ -142,7 +142,7 @@ def train(plan: Plan, jobs: int, gpus: int) -> Outcome:
 
 
 def write_results(plan: Plan) -> dict[str, Any]:
-    """results.json, results.md, and a page per comparison with the first seed's runs over each other.
+    """results.json, results.md, and a page per comparison; the report draws a variant's seeds as one line with a band.
 
     Raises:
         DataError: no run is finished.
@@ -156,10 +156,9 @@ def write_results(plan: Plan) -> dict[str, Any]:
 
     for group in plan.groups():
         trained = [plan.trained_as[variant] for variant in group.variants]
-        finished = [run for run in plan.runs if run.variant in trained and run.status() == "done"]
-        first = [run.folder for variant in trained for run in finished if run.variant == variant and run.seed == min(other.seed for other in finished)]
-        if len(first) > 1:
-            build_report(first, ROOT / plan.out / f"{group.key}.html")
+        finished = [run.folder for variant in trained for run in plan.runs if run.variant == variant and run.status() == "done"]
+        if len(finished) > 1:
+            build_report(finished, ROOT / plan.out / f"{group.key}.html")
     return results
 
 

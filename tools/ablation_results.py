@@ -223,7 +223,7 @@ def difference_table(group: dict[str, Any]) -> list[str]:
     for figure in FIGURES:
         found = [entry["differences"][figure.key] for entry in entries]
         if any(item["mean"] is not None for item in found):
-            cells = [shown(item, figure, signed=True) + (f" ({item['agree']} of {item['seeds']})" if item["seeds"] else "") for item in found]
+            cells = ["equal" if not any(item["per_seed"].values()) else f"{shown(item, figure, signed=True)} ({item['agree']} of {item['seeds']})" for item in found]
             rows.append(f"| {figure.label} | {' | '.join(cells)} |")
     return rows
 
