@@ -22,6 +22,7 @@ from megatron_skywork.metrics.jsonl import FILE_NAME, parse_line
 from megatron_skywork.report.averages import window_of
 from megatron_skywork.report.router_records import Router, RouterReader
 
+
 @dataclass(frozen=True)
 class Run:
     """One run, as its folder tells it."""

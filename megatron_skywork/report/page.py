@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from megatron_skywork.metrics import wording
-from megatron_skywork.report.findings import Finding, KeyFigures
-from megatron_skywork.report.load import Router, Run
+from megatron_skywork.report.finding import Finding
+from megatron_skywork.report.key_figures import KeyFigures
+from megatron_skywork.report.load import Run
 from megatron_skywork.report.stylesheet import CSS
 
 if TYPE_CHECKING:
@@ -117,7 +116,12 @@ def _from_to(first: float, last: float) -> str:
 
 def finding_list(found: Sequence[Finding]) -> str:
     """Findings with a coloured mark and a word, for those who do not see colours."""
-    items = "".join(f'<li><span class="level {finding.level}">{_LEVELS[finding.level]}</span><span>{escape(finding.text)}</span></li>' for finding in found)
+
+    def text_of(finding: Finding) -> str:
+        # A number and its percent sign stay on one line.
+        return escape(finding.text.replace(" %", "\u00a0%"))
+
+    items = "".join(f'<li><span class="level {each.level}">{_LEVELS[each.level]}</span><span>{text_of(each)}</span></li>' for each in found)
     return f'<ul class="findings card">{items}</ul>'
 
 
@@ -129,69 +133,10 @@ def plot_grid(plots: Sequence[Plot]) -> str:
 def _figure(plot: Plot) -> str:
     image = base64.b64encode(plot.png).decode("ascii")
     words = f"<h3>{escape(plot.title)}</h3><p>{escape(plot.how_to_read)}</p>"
-    picture = f'<div class="scroll"><img alt="{escape(plot.title)}" src="data:image/png;base64,{image}"></div>'
-    return f'<figure class="card{" wide" if plot.wide else ""}" id="{escape(plot.key)}">{words}{picture}</figure>'
-
-
-def layer_table(router: Router) -> str:
-    """Every layer's numbers at the end of the run; columns that were not recorded are left out."""
-    relative_LE = router.relative_load_LE
-    drops_L = router.at_end(router.per_layer["drop_rate"])
-    balance_L = router.at_end(router.max_over_mean_SL)
-    columns: list[tuple[str, np.ndarray, str, bool]] = [
-        ("load max / mean", balance_L, "{:.2f}", True),
-        ("least expert", relative_LE.min(axis=1), "{:.2f}", False),
-        ("drop rate", 100 * drops_L, "{:.2f} %", True),
-        ("coefficient", router.at_end(router.per_layer["coefficient"]), "{:.5f}", False),
-        ("aux. loss", router.at_end(router.per_layer["aux_loss"]), "{:.5f}", False),
-        ("entropy / log E", router.at_end(router.entropy_SL), "{:.3f}", False),
-        ("Max1 / Max2", router.at_end(router.per_layer["max1_over_max2"]), "{:.2f}", False),
-    ]
-    columns = [column for column in columns if np.isfinite(column[1]).any()]
-    head = "<th>layer</th>" + "".join(f"<th>{escape(name)}</th>" for name, *_ in columns)
-    rows = []
-    for index, layer in enumerate(router.layers):
-        cells = "".join(_cell(values_L, index, form, tinted) for _, values_L, form, tinted in columns)
-        rows.append(f"<tr><td>{layer}</td>{cells}</tr>")
-    return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _cell(values_L: np.ndarray, index: int, form: str, tinted: bool) -> str:
-    value = values_L[index]
-    if not math.isfinite(value):
-        return "<td>–</td>"
-    low, high = float(np.nanmin(values_L)), float(np.nanmax(values_L))
-    # A tint only says which layers stand out, so there is none where all are alike.
-    if not tinted or high - low <= 0.02 * max(abs(high), 1e-12):
-        return f"<td>{form.format(value)}</td>"
-    return f'<td class="heat" style="--amount:{0.42 * (value - low) / (high - low):.3f}">{form.format(value)}</td>'
-
-
-def _shown(value: Any, form: Callable[[Any], str]) -> str:
-    return "" if value is None else form(value)
-
-
-def comparison_table(runs: Sequence[Run], figures: Sequence[KeyFigures], colors: Sequence[str]) -> str:
-    """Key figures of several runs, a row each."""
-    names = list(dict.fromkeys(name for figure in figures for name in figure.validation))
-    held_out = [f"held-out, {name}" for name in names]
-    head = ["run", "status", "parameters", "steps", "tokens", "loss", *held_out, "tokens/s", "MFU", "dropped", "max / mean", "dead experts"]
-    rows: list[list[str]] = []
-    for run, figure in zip(runs, figures, strict=True):
-        status = str(run.status.get("status") or run.status.get("state") or "")
-        row = [run.name, status, _shown((run.header.get("parameters") or {}).get("total"), wording.count), f"{figure.steps:,}"]
-        row += [_shown(figure.tokens, wording.count), _shown(figure.last_loss, "{:.3f}".format)]
-        row += [_shown(figure.validation[name][1] if name in figure.validation else None, "{:.3f}".format) for name in names]
-        row += [_shown(figure.tokens_per_second, "{:,.0f}".format), _shown(figure.mfu, wording.percent), _shown(figure.drop_rate, wording.percent)]
-        row += [_shown(figure.max_over_mean, "{:.2f}".format), _shown(figure.dead_experts, str) and f"{figure.dead_experts} of {figure.num_experts}"]
-        rows.append(row)
-    used = [column for column in range(len(head)) if column == 0 or any(row[column] for row in rows)]
-    lines = []
-    for row, color in zip(rows, colors, strict=True):
-        first = f'<td><span class="key" style="background:{color}"></span>{escape(row[0])}</td>'
-        lines.append("<tr>" + first + "".join(f"<td>{escape(row[column]) or '–'}</td>" for column in used[1:]) + "</tr>")
-    titles = "".join(f"<th>{escape(head[column])}</th>" for column in used)
-    return f'<div class="card scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    described = f"{plot.title}. {plot.shows}" if plot.shows else plot.title
+    picture = f'<div class="scroll"><img alt="{escape(described)}" src="data:image/png;base64,{image}"></div>'
+    numbers = f"<figcaption>{escape(plot.shows)}</figcaption>" if plot.shows else ""
+    return f'<figure class="card{" wide" if plot.wide else ""}" id="{escape(plot.key)}">{words}{picture}{numbers}</figure>'
 
 
 def config_details(run: Run) -> str:

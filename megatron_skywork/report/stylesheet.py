@@ -78,9 +78,22 @@ blockquote b { font-weight: 550; color: var(--muted); }
 .caption { color: var(--muted); font-size: 13px; margin: 16px 0 -8px; }
 .split { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); gap: 28px; }
 details { margin-top: 14px; }
+details.card + details.card { margin-top: 6px; }
+summary .caption { font-weight: 400; margin: 0 0 0 10px; }
 summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 12px 0 0; }
-.key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 8px; }
+.key { display: inline-block; width: 22px; height: 0; border-top: 3px solid; margin-right: 8px; vertical-align: middle; }
+.keys { display: flex; flex-wrap: wrap; gap: 3px 20px; margin: 0 0 12px; font-size: 13.5px; }
+td.best { font-weight: 650; background: rgba(47, 125, 91, .14); }
+td.tie { background: rgba(47, 125, 91, .06); }
+td small { color: var(--muted); font-weight: 400; font-size: 11.5px; display: block; line-height: 1.2; }
+table.compare th, table.compare td { padding: 4px 6px; font-size: 13px; }
+table.compare th { white-space: normal; vertical-align: bottom; }
+table.compare td small { font-size: 10.5px; }
+table.settings td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; max-width: 380px; }
+table.settings th { text-align: left; }
+figcaption { color: var(--muted); font-size: 13px; line-height: 1.4; margin-top: 8px; }
+.after { margin-top: 18px; }
 footer { color: var(--muted); font-size: 13px; margin-top: 40px; }
 @media (max-width: 760px) {
   main { padding: 22px 14px 40px; }
