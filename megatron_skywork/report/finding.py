@@ -31,3 +31,8 @@ def listed(parts: list[str]) -> str:
     more = len(parts) - _MOST_NAMED
     shown = parts[:_MOST_NAMED] + ([f"{more} more"] if more > 0 else [])
     return shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
+
+
+def cosine(value: float) -> str:
+    """Three decimals, and no `-0.000`."""
+    return f"{round(value, 3) + 0.0:.3f}"

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from megatron_skywork.metrics import wording
 from megatron_skywork.report.averages import nan_mean
+from megatron_skywork.report.finding import cosine
 from megatron_skywork.report.load import Run
 from megatron_skywork.report.router_axes import chosen_layers, draw_layers, has_band, in_words, over_time, percent
 from megatron_skywork.report.router_records import Router
@@ -56,7 +57,7 @@ def expert_plots(run: Run) -> list[Plot]:
     text = "Mean cosine between the weights of two experts of a layer: 1 for copies, as after upcycling, about 0 for experts that never met. "
     text += "Lower at the end is more specialized."
     name = "Expert similarity"
-    plots.append(_per_evaluation(router, "expert_similarity", name, text, "mean cosine", similarity_VL, "{:.3f}".format))
+    plots.append(_per_evaluation(router, "expert_similarity", name, text, "mean cosine", similarity_VL, cosine))
     return [plot for plot in plots if plot is not None and len(steps_V)]
 
 

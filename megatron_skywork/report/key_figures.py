@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_skywork.metrics import wording
 from megatron_skywork.report.averages import nan_mean
+from megatron_skywork.report.finding import cosine
 from megatron_skywork.report.load import Run
 from megatron_skywork.report.router_records import DEAD_BELOW, Router
 from megatron_skywork.report.variants import Variant
@@ -134,14 +135,14 @@ def columns(figures: Sequence[KeyFigures]) -> list[Column]:
 
     found = [
         Column("loss", lambda f: f.last_loss, "{:.4f}".format, "low", "training loss, mean of the last tenth of the steps"),
-        *[Column(f"held-out, {name}", held_out(name), "{:.4f}".format, "low", f"last evaluation on {name}") for name in sets],
+        *[Column("held-out" if len(sets) == 1 else f"held-out, {name}", held_out(name), "{:.4f}".format, "low", f"last evaluation on {name}") for name in sets],
         Column("dropped", lambda f: f.drop_rate, wording.percent, "low", "dropped over routed assignments"),
         Column("Max1/Max2", lambda f: f.max1_over_max2, "{:.2f}".format, "high", "sharpness of the first choice"),
         Column("Max2/Max3", lambda f: f.max2_over_max3, "{:.2f}".format, "high", "sharpness of the second choice"),
         Column("entropy", lambda f: f.entropy, "{:.3f}".format, "low", "of the gate, over log E; lower is surer"),
         Column("load CV", lambda f: f.load_variation, "{:.3f}".format, "low", "standard deviation of the load over its mean"),
         Column("dead", lambda f: f.dead_experts, _plain, "low", "experts below 1 % of the even share, of all layers"),
-        Column("similarity", lambda f: f.expert_similarity, "{:.3f}".format, "low", "mean cosine between experts; lower is more specialized"),
+        Column("similarity", lambda f: f.expert_similarity, cosine, "low", "mean cosine between experts; lower is more specialized"),
         Column("coefficient", lambda f: f.coefficient, "{:.4f}".format, None, "of the auxiliary loss, mean over layers"),
         Column("tokens/s", lambda f: f.tokens_per_second, "{:,.0f}".format, "high", "median over the records"),
         Column("MFU", lambda f: f.mfu, wording.percent, "high", "median over the records"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_skywork.metrics import wording
 from megatron_skywork.report.averages import nan_mean
-from megatron_skywork.report.finding import Finding, listed, plural, whole_percent
+from megatron_skywork.report.finding import Finding, cosine, listed, plural, whole_percent
 from megatron_skywork.report.load import Run
 from megatron_skywork.report.router_records import DEAD_BELOW, STARVED_BELOW, Router
 
@@ -75,7 +75,7 @@ def _dead(router: Router, dead_LE: np.ndarray) -> str:
     for layer, expert in order:
         since = router.dead_since_LE[layer, expert]
         when = f", since step {int(since)}" if np.isfinite(since) and since > router.steps_S[0] else ", from the start" if np.isfinite(since) else ""
-        parts.append(f"expert {expert} of layer {router.layers[layer]} ({whole_percent(relative_LE[layer, expert])}{when})")
+        parts.append(f"expert {expert} of layer {router.layers[layer]} ({wording.percent(float(relative_LE[layer, expert]))}{when})")
     text = f"{plural(len(places), 'dead expert')} of {relative_LE.size}: {listed(parts)} {_receive(len(places))}"
     text += f" less than {whole_percent(DEAD_BELOW)} of an even share at the end."
     coefficients_SL = router.per_layer["coefficient"]
@@ -141,9 +141,9 @@ def _response(run: Run, router: Router, layer: int) -> str:
         return f"{text}."
     target = min(sensitivity * drop, maximum)
     led = f"{sensitivity:g} x {wording.percent(drop)}"
-    how = f"the maximum, for {led} would be {sensitivity * drop:.4f}" if target == maximum else led
+    how = f"the maximum, where {led} would be {sensitivity * drop:.4f}" if target == maximum else led
     if abs(end - target) <= _ARRIVED * target:
-        return f"{text} and has arrived where its drop rate leads it, at {target:.4f} ({how})."
+        return f"{text}: it is at {how}." if target == maximum else f"{text} and has arrived where its drop rate leads it, at {target:.4f} ({how})."
     return f"{text} and is still on its way {'down' if end > target else 'up'} to {target:.4f} ({how})."
 
 
@@ -200,12 +200,12 @@ def _similarity(router: Router) -> Iterator[Finding]:
     steps, values_VL = evaluations.steps_V[known], evaluations.similarity_VL[known]
     first, last = float(nan_mean(values_VL[0])), float(nan_mean(values_VL[-1]))
     worst = int(np.nanargmax(values_VL[-1]))
-    most = f"most alike are those of layer {router.layers[worst]}, at {values_VL[-1][worst]:.3f}" if len(router.layers) > 1 else ""
+    most = f"most alike are those of layer {router.layers[worst]}, at {cosine(values_VL[-1][worst])}" if len(router.layers) > 1 else ""
     if len(steps) == 1:
-        yield Finding("note", f"Expert similarity is {last:.3f} at step {steps[0]}, the mean cosine over pairs of experts{'; ' + most if most else ''}.")
+        yield Finding("note", f"Expert similarity is {cosine(last)} at step {steps[0]}, the mean cosine over pairs of experts{'; ' + most if most else ''}.")
         return
     moved = "fell" if last < first - 0.0005 else "rose" if last > first + 0.0005 else "stayed"
-    text = f"Expert similarity {moved} from {first:.3f} at step {steps[0]} to {last:.3f} at step {steps[-1]}{'; ' + most if most else ''}."
+    text = f"Expert similarity {moved} from {cosine(first)} at step {steps[0]} to {cosine(last)} at step {steps[-1]}{'; ' + most if most else ''}."
     if last > COPIES_ABOVE:
         yield Finding("warn", f"{text} Experts are still copies of each other: they have learned nothing apart.")
     else:

@@ -87,11 +87,12 @@ pre { overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas,
 td.best { font-weight: 650; background: rgba(47, 125, 91, .14); }
 td.tie { background: rgba(47, 125, 91, .06); }
 td small { color: var(--muted); font-weight: 400; font-size: 11.5px; display: block; line-height: 1.2; }
-table.compare th, table.compare td { padding: 4px 6px; font-size: 13px; }
+table.compare th, table.compare td { padding: 4px 5px; font-size: 12.5px; }
 table.compare th { white-space: normal; vertical-align: bottom; }
 table.compare td small { font-size: 10.5px; }
 table.settings td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top; max-width: 380px; }
-table.settings th { text-align: left; }
+table.settings th { text-align: left; white-space: normal; vertical-align: bottom; min-width: 70px; }
+table.settings td:first-child { white-space: nowrap; }
 figcaption { color: var(--muted); font-size: 13px; line-height: 1.4; margin-top: 8px; }
 .after { margin-top: 18px; }
 footer { color: var(--muted); font-size: 13px; margin-top: 40px; }

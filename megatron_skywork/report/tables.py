@@ -92,7 +92,7 @@ def comparison_table(found: Sequence[Variant], columns: Sequence[Column], figure
         steps = "" if alike else f"<td>{lengths[index]}</td>"
         rows.append(f"<tr><td>{key(*look)}{escape(variant.name)}{_state(variant)}</td>{steps}{shown}</tr>")
     words = "; ".join(f"{column.name}: {column.meaning}" for column in columns)
-    marks = f"{lengths[0]} steps each. " if alike else ""
+    marks = f"{lengths[0]} steps each. " if alike else "Not all are equally long, so figures at their ends are not those of equal training. "
     marks += "Star: best of its column. "
     if any(len(variant.runs) > 1 for variant in found):
         marks += "≈: its range over seeds overlaps the best one's, so these runs do not tell them apart. Small: ± half the range over seeds. "
@@ -107,7 +107,7 @@ def _steps(variant: Variant, figures: Mapping[str, KeyFigures]) -> str:
 
 def _state(variant: Variant) -> str:
     """How many runs it is, and the status of those that are not finished."""
-    states = sorted({str(run.status.get("status") or run.status.get("state") or "") for run in variant.runs} - {"", "finished"})
+    states = sorted({str(run.status.get("status") or run.status.get("state") or "") for run in variant.runs} - {"", "done", "finished"})
     shown = [variant.label.removeprefix(variant.name).strip(" ()")] * (len(variant.runs) > 1) + states
     return f"<small>{escape(', '.join(shown))}</small>" if shown else ""
 
@@ -132,6 +132,7 @@ def settings_table(found: Sequence[Variant], rows: Mapping[str, Sequence[str]]) 
         head, lines = ["setting", *names], [[setting, *values] for setting, values in rows.items()]
     else:
         head, lines = ["run", *rows], [[name, *(values[index] for values in rows.values())] for index, name in enumerate(names)]
-    titles = "".join(f"<th>{escape(name)}</th>" for name in head)
+    # Dotted names may be broken after a dot.
+    titles = "".join(f"<th>{escape(name).replace('.', '.<wbr>')}</th>" for name in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(value)}</td>" for value in line) + "</tr>" for line in lines)
     return f'<div class="card scroll"><table class="settings"><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
