@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_skywork.config.manual import is_section, section_of
-from megatron_skywork.config.problems import kind, nearest, rewrite, shown
-from megatron_skywork.config.schema import Config, Section
+from megatron_skywork.config.problems import broken_rule, kind, nearest, rewrite, settle_alternatives, shown
+from megatron_skywork.config.rules import overlap
+from megatron_skywork.config.schema import VALUES_ONLY, Config, Section
 from megatron_skywork.config.validate import find_problems
 from megatron_skywork.config.yaml_strict import Document, read_yaml, write_yaml
 from megatron_skywork.errors import ConfigError
@@ -155,11 +156,23 @@ def _check(values: dict[str, Any], origins: dict[str, str]) -> tuple[Config, lis
     except ValidationError as error:
         problems: list[str] = []
         doubtful: set[str] = set()
-        for detail in error.errors(include_url=False):
-            problem, keys = rewrite(detail, origins)
-            problems.append(problem)
+        for detail in settle_alternatives(error.errors(include_url=False)):
+            sentences, keys = rewrite(detail, origins)
+            problems += sentences
             doubtful.update(keys)
-        return _best_effort(values), problems, doubtful
+        config = _best_effort(values)
+        return config, problems + _remaining_rules(config, problems, doubtful), doubtful
+
+
+def _remaining_rules(config: Config, found: list[str], doubtful: set[str]) -> list[str]:
+    """Broken rules inside sections that the schema did not come to, because a value of the section is wrong by itself."""
+    problems: list[str] = []
+    for name in Config.model_fields:
+        section = getattr(config, name)
+        if isinstance(section, Section) and all(hasattr(section, setting) for setting in type(section).model_fields):
+            broken = [broken_rule(name, sentence) for reads, sentence in section.rules() if not overlap([f"{name}.{setting}" for setting in reads], doubtful)]
+            problems += [problem for problem in broken if not any(other.startswith(problem) for other in found)]
+    return problems
 
 
 def _best_effort(values: dict[str, Any]) -> Config:
@@ -178,13 +191,13 @@ def _best_effort(values: dict[str, Any]) -> Config:
 
 
 def _sound_section(section: type[BaseModel], given: dict[str, Any]) -> BaseModel:
-    """A section with its unsound fields left out; fields without a default that are unsound stay unset."""
+    """A section with its unsound fields left out, and whatever its rules say; fields without a default that are unsound stay unset."""
     try:
-        return section.model_validate(given)
+        return section.model_validate(given, context=VALUES_ONLY)
     except ValidationError as error:
         bad = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
         sound = {name: value for name, value in given.items() if name not in bad and name in section.model_fields}
         try:
-            return section.model_validate(sound)
+            return section.model_validate(sound, context=VALUES_ONLY)
         except ValidationError:
             return section.model_construct(**sound)

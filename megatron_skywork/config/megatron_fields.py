@@ -77,6 +77,37 @@ FIXED = {
     "add_bias_linear": "false",
     "moe_router_dtype": "fp32 (the gate is always computed in it)",
     "calculate_per_token_loss": "true (the loss is divided once, by all tokens of the global batch)",
+    "moe_latent_size": "experts that read and write the whole hidden state",
+    "moe_mlp_glu_interleave_size": "the gate's rows before the up projection's, which conversion relies on",
+    "moe_shared_expert_glu_interleave_size": "the gate's rows before the up projection's, which conversion relies on",
+}
+_FLEX = "it belongs to megatron-core's flex dispatcher, and moe.dispatcher offers alltoall and allgather; leave it out"
+_RANK_CAPACITY = "it would drop tokens behind the router, where nobody counts them; set moe.capacity_factor (and moe.capacity_scope=rank) instead"
+# Fields that would go round the routing of this package or change nothing in it: why, and what to do.
+NOT_HERE = {
+    "moe_router_topk_limited_devices": "routing would depend on parallel.ep; set megatron.moe_router_num_groups and megatron.moe_router_group_topk instead",
+    "moe_router_quantile_balancing_ema": "it belongs to quantile balancing, which would replace the routing of this package; leave it out",
+    "moe_expert_rank_capacity_factor": _RANK_CAPACITY,
+    "moe_paged_stash": _RANK_CAPACITY,
+    "moe_paged_stash_page_size": _RANK_CAPACITY,
+    "moe_paged_stash_buffer_size_factor_cuda": _RANK_CAPACITY,
+    "moe_paged_stash_buffer_size_factor_cpu": _RANK_CAPACITY,
+    "moe_enable_deepep": _FLEX,
+    "moe_flex_dispatcher_backend": _FLEX,
+    "moe_flex_dispatcher_num_sms": _FLEX,
+    "moe_deepep_num_sms": _FLEX,
+    "moe_hybridep_num_sms": _FLEX,
+    "moe_hybridep_num_sms_preprocessing": _FLEX,
+    "moe_hybridep_num_blocks_permute": _FLEX,
+    "moe_hybridep_num_blocks_unpermute": _FLEX,
+    "moe_hybridep_pad_uneven_dispatch_inputs": _FLEX,
+    "moe_permute_fusion_into_hybridep": _FLEX,
+    "moe_ncclep_static_shape": _FLEX,
+    "moe_ncclep_zero_copy": _FLEX,
+    "moe_use_legacy_grouped_gemm": "model.backend chooses how experts are computed; leave it out",
+    "moe_per_layer_logging": "megatron-core's log does not see the losses of this package; set metrics.router=true, which records every layer",
+    "moe_pad_experts_for_cuda_graph_inference": "it is for megatron-core's text generation, which this package does not run; leave it out",
+    "overlap_moe_expert_parallel_comm": "megatron-core then takes forward passes apart, which the training step here does not offer; leave it out",
 }
 
 
@@ -132,6 +163,8 @@ def megatron_problems(given: dict[str, Any]) -> Iterator[str]:
             yield f"{key}={shown(value)}: set {DECIDED_ELSEWHERE[name]} instead"
         elif name in FIXED:
             yield f"{key}={shown(value)}: every model here has {FIXED[name]}; leave it out"
+        elif name in NOT_HERE:
+            yield f"{key}={shown(value)}: {NOT_HERE[name]}"
         elif name not in megatron_fields():
             match = nearest(name, list(megatron_fields()))
             hint = f"did you mean megatron.{match[0]}?" if match else "its fields are listed in megatron/core/transformer/transformer_config.py"
@@ -145,6 +178,11 @@ def megatron_problems(given: dict[str, Any]) -> Iterator[str]:
                 yield f"{key}={shown(value)}: this field takes a Python object ({ast.unparse(annotation)}) and cannot be set from a configuration"
             elif not fits(annotation, value):
                 yield f"{key}={shown(value)}: this must be {' or '.join(words)}"
+
+
+def is_free(name: str) -> bool:
+    """Whether megatron-core has a field of this name that may be set in the `megatron:` section."""
+    return name in megatron_fields() and name not in DECIDED_ELSEWHERE and name not in FIXED and name not in NOT_HERE
 
 
 def annotation_words(annotation: ast.expr) -> list[str]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -93,13 +93,37 @@ def locate(path: Sequence[int | str]) -> Place:
             place = Place(inner_section or annotation, field_words(field), field.description or "", inner_section is not None)
             annotation = field.annotation
         else:
+            if isinstance(part, int):  # an item of what may also be a single value
+                annotation = next((inner for inner in get_args(annotation) if get_origin(inner) is list), annotation)
             annotation = get_args(annotation)[-1]
             place = Place(section_of(annotation) or place.section, plain_words(annotation))
     return place
 
 
-def rewrite(error: ErrorDetails, origins: Mapping[str, str]) -> tuple[str, list[str]]:
-    """One error of the schema's checker as a sentence, and the dotted settings it makes unreliable.
+# What the checker puts into the path of an error for one of several types that a value may have: no setting has such a name.
+_ALTERNATIVE = re.compile(r"constrained-\w+|list\[.*\]")
+
+
+def settle_alternatives(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """One error for a value that may be a number or a list and is neither, and those of its items for a list; the checker gives one for each type."""
+    settled: list[ErrorDetails] = []
+    of_value: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
+    for error in errors:
+        path = error["loc"]
+        index = next((index for index, part in enumerate(path) if _ALTERNATIVE.fullmatch(str(part))), None)
+        if index is None:
+            settled.append(error)
+        else:
+            of_value.setdefault(path[:index], []).append({**error, "loc": (*path[:index], *path[index + 1 :])})  # type: ignore[typeddict-item]
+    for path, found in of_value.items():
+        of_items = [error for error in found if len(error["loc"]) > len(path)]
+        out_of_range = [error for error in found if not error["type"].endswith("_type")]
+        settled += of_items or out_of_range[:1] or found[:1]
+    return settled
+
+
+def rewrite(error: ErrorDetails, origins: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """One error of the schema's checker as sentences, and the dotted settings it makes unreliable.
 
     Args:
         error: as pydantic lists it.
@@ -109,16 +133,22 @@ def rewrite(error: ErrorDetails, origins: Mapping[str, str]) -> tuple[str, list[
     key, place, origin = ".".join(map(str, path)), locate(path), _origin(path, origins)
     if type_ == "extra_forbidden":
         advice, meant = unknown_name([str(part) for part in path], locate(path).section)
-        return f"{key}={shown(value)}{origin}: {advice}", [key, *meant]
+        return [f"{key}={shown(value)}{origin}: {advice}"], [key, *meant]
     if type_ == "missing":
         needed = [name for name, field in place.section.model_fields.items() if field.is_required()]
         words = f"a section with at least {', '.join(needed)}" if place.is_section else place.words
-        return f"{key} is not set, and it is required: {words}. {place.sentence}".rstrip(), [key]
-    if type_ == "value_error":  # a rule of the schema itself: its text begins with the setting's name inside its section
-        text = str(error.get("ctx", {}).get("error", error["msg"]))
-        name = re.split(r"[.= ]", text, maxsplit=1)[0]
-        return (f"{key}.{text}" if name in place.section.model_fields else f"{key}: {text}") + origin, [key]
-    return f"{key}={shown(value)}{origin}: {_wanted(type_, value, place)}", [key]
+        return [f"{key} is not set, and it is required: {words}. {place.sentence}".rstrip()], [key]
+    if type_ == "value_error":  # rules of the section itself, a line each
+        lines = str(error.get("ctx", {}).get("error", error["msg"])).splitlines()
+        subjects = [re.split(r"[.= ]", line, maxsplit=1)[0] for line in lines]
+        sentences = [broken_rule(key, line, _origin([*path, subject], origins)) for line, subject in zip(lines, subjects, strict=True)]
+        return sentences, [f"{key}.{subject}" for subject in subjects]
+    return [f"{key}={shown(value)}{origin}: {_wanted(type_, value, place)}"], [key]
+
+
+def broken_rule(section: str, sentence: str, origin: str = "") -> str:
+    """A sentence of `Section.rules`, which begins with a setting's name inside its section, as one of the whole configuration."""
+    return f"{section}.{sentence}{origin}"
 
 
 def _origin(path: Sequence[int | str], origins: Mapping[str, str]) -> str:

@@ -6,9 +6,10 @@ Reading top to bottom is reading the manual: `launch/pretrain_moe.py --help` pri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -16,10 +17,25 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+# Given as the context of a validation: check every value by itself, and leave out `Section.rules`.
+VALUES_ONLY = "values only"
+
+
 class Section(BaseModel):
     """A group of settings: unknown names are errors, `true` is not an int, and nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Rules between settings of this section that are broken: the settings that a rule reads, and a sentence that begins with one of them."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _keep_rules(self, info: ValidationInfo) -> Section:
+        problems = [] if info.context == VALUES_ONLY else [sentence for _, sentence in self.rules()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class Model(Section):
@@ -44,13 +60,13 @@ class Model(Section):
     hidden_dropout: Share = Field(0.0, description="Dropout on the residual branches.")
     backend: Literal["auto", "torch", "te"] = Field("auto", description="torch: plain PyTorch modules, everywhere; te: Transformer Engine; auto: te when it is installed and a GPU is there.")
 
-    @model_validator(mode="after")
-    def _heads(self) -> Model:
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}; set head_dim, or choose a divisor")
-        if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
-            raise ValueError(f"num_query_groups={self.num_query_groups} does not divide num_attention_heads={self.num_attention_heads}")
-        return self
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            yield ("num_attention_heads", "hidden_size", "head_dim"), (
+                f"num_attention_heads={heads} does not divide hidden_size={self.hidden_size}; set head_dim, or choose a divisor")
+        if self.num_query_groups and heads % self.num_query_groups:
+            yield ("num_query_groups", "num_attention_heads"), f"num_query_groups={self.num_query_groups} does not divide num_attention_heads={heads}"
 
     @property
     def resolved_head_dim(self) -> int:
@@ -123,30 +139,34 @@ class Moe(Section):
     router_init_std: float = Field(0.01, ge=0, description="Standard deviation of a fresh router's weights.")
     dispatcher: Literal["alltoall", "allgather"] = Field("alltoall", description="How tokens travel to their experts.")
 
-    @model_validator(mode="after")
-    def _rules(self) -> Moe:
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.topk > self.num_experts:
-            raise ValueError(f"topk={self.topk} is above num_experts={self.num_experts}; use topk <= {self.num_experts}")
+            yield ("topk", "num_experts"), f"topk={self.topk} is above num_experts={self.num_experts}; use topk <= {self.num_experts}"
         if self.adaptive.enabled and self.capacity_factor is None:
-            raise ValueError("adaptive.enabled=true follows the drop rate, and without capacity_factor nothing is dropped; set capacity_factor (1.1 is a start) or adaptive.enabled=false")
+            yield ("adaptive", "capacity_factor"), (
+                "adaptive.enabled=true follows the drop rate, and without capacity_factor nothing is dropped; set capacity_factor (1.1 is a start) or adaptive.enabled=false")
         if self.adaptive.enabled and self.aux_loss == "none":
-            raise ValueError("adaptive.enabled=true steers the auxiliary loss, and aux_loss is none; set aux_loss to report or switch")
+            yield ("adaptive", "aux_loss"), "adaptive.enabled=true steers the auxiliary loss, and aux_loss is none; set aux_loss to report or switch"
         if self.adaptive.enabled and self.aux_schedule:
-            raise ValueError("adaptive.enabled=true and aux_schedule both move the coefficient; leave out aux_schedule, or set adaptive.enabled=false")
+            yield ("adaptive", "aux_schedule"), "adaptive.enabled=true and aux_schedule both move the coefficient; leave out aux_schedule, or set adaptive.enabled=false"
+        if self.aux_loss == "none" and self.aux_schedule:
+            yield ("aux_schedule", "aux_loss"), "aux_schedule moves the coefficient of the auxiliary loss, and aux_loss is none; leave it out, or set aux_loss to report or switch"
         if self.aux_loss == "none" and self.extra_aux_losses:
-            raise ValueError("extra_aux_losses come beside a main one, and aux_loss is none; make the first of them aux_loss, aux_scope and aux_coefficient")
+            yield ("extra_aux_losses", "aux_loss"), (
+                "extra_aux_losses come beside a main one, and aux_loss is none; make the first of them aux_loss, aux_scope and aux_coefficient")
         steps = [point.step for point in self.aux_schedule]
         if steps != sorted(set(steps)):
-            raise ValueError(f"aux_schedule names steps {steps}; each must be after the one before")
+            yield ("aux_schedule",), f"aux_schedule names steps {steps}; each must be after the one before"
         losses = [(self.aux_loss, self.aux_scope), *((extra.loss, extra.scope) for extra in self.extra_aux_losses)]
         twice = sorted({f"{loss} over {scope}" for loss, scope in losses if losses.count((loss, scope)) > 1})
         if twice:
-            raise ValueError(f"extra_aux_losses names {' and '.join(twice)} more than once (aux_loss counts); add up the coefficients in one of them")
+            yield ("extra_aux_losses", "aux_loss", "aux_scope"), (
+                f"extra_aux_losses names {' and '.join(twice)} more than once (aux_loss counts); add up the coefficients in one of them")
         if self.pad_to_capacity and self.capacity_factor is None:
-            raise ValueError("pad_to_capacity=true needs capacity_factor")
+            yield ("pad_to_capacity", "capacity_factor"), (
+                "pad_to_capacity=true needs capacity_factor; set it (1.1 is a start), or pad_to_capacity=false")
         if self.pad_to_capacity and self.dispatcher != "alltoall":
-            raise ValueError(f"pad_to_capacity=true needs dispatcher=alltoall, not {self.dispatcher}")
-        return self
+            yield ("pad_to_capacity", "dispatcher"), f"pad_to_capacity=true needs dispatcher=alltoall, not {self.dispatcher}; set one of them back"
 
 
 class Parallel(Section):
@@ -224,11 +244,9 @@ class Optim(Section):
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 means no clipping.")
 
-    @model_validator(mode="after")
-    def _order(self) -> Optim:
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
-        return self
+            yield ("min_lr", "lr"), f"min_lr={self.min_lr} is above lr={self.lr}"
 
 
 class Train(Section):

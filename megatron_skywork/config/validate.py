@@ -1,29 +1,16 @@
-"""Rules between settings of different sections, each answered with the numbers that would work.
+"""Rules between settings of different sections, each answered with the numbers that would work: memory, layout, batches, schedule, data.
 
-A rule is a generator of sentences; it names the settings it reads, and is left out when one of them already has a problem of its own (then its
-answer would be about a value nobody chose). Rules inside one section stand in `schema.py`; the `megatron:` section in `megatron_fields.py`.
+Rules of routing stand in `validate_routing.py`, rules inside one section in `schema.py`; the `megatron:` section in `megatron_fields.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from megatron_skywork.config import validate_routing  # noqa: F401  registers its rules
 from megatron_skywork.config.megatron_fields import megatron_problems
+from megatron_skywork.config.rules import RULES, divisors, listed, multiples_near, overlap, rule
 from megatron_skywork.config.schema import Config
-
-Rule = Callable[[Config, "int | None"], Iterator[str]]
-_RULES: list[tuple[tuple[str, ...], Rule]] = []
-
-
-def rule(*reads: str) -> Callable[[Rule], Rule]:
-    """Registers a rule under the settings (or whole sections) it reads."""
-
-    def register(function: Rule) -> Rule:
-        _RULES.append((reads, function))
-        return function
-
-    return register
 
 
 def find_problems(config: Config, world_size: int | None, doubtful: set[str]) -> list[str]:
@@ -40,34 +27,10 @@ def find_problems(config: Config, world_size: int | None, doubtful: set[str]) ->
     if world_size is not None and world_size < 1:
         return [f"world size {world_size}: use 1 or more ranks"]
     problems: list[str] = []
-    for reads, function in _RULES:
-        if not any(_overlap(key, bad) for key in reads for bad in doubtful):
+    for reads, function in RULES:
+        if not overlap(reads, doubtful):
             problems.extend(function(config, world_size))
     return problems
-
-
-def _overlap(key: str, bad: str) -> bool:
-    return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending; of a number above 10^10 those that have a factor up to 100,000."""
-    small = [d for d in range(1, min(math.isqrt(number), 100_000) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def multiples_near(number: int, step: int) -> str:
-    """The multiples of `step` next to a number, in words."""
-    below, above = number // step * step, -(-number // step) * step
-    return f"{below} or {above}" if 0 < below != above else f"{max(above, step)}"
-
-
-def listed(numbers: list[int]) -> str:
-    """`1, 2 or 4`; long lists are cut in the middle."""
-    texts = [str(number) for number in numbers]
-    if len(texts) > 14:
-        texts = [*texts[:8], "...", *texts[-4:]]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
 def uneven_split(num_layers: int, num_stages: int) -> list[int]:

@@ -28,8 +28,38 @@ def problems_of(paths, overrides=(), world_size=None) -> list[str]:
         load_config(paths, list(overrides), world_size)
     assert caught.value.exit_code == 2
     text = "\n".join(caught.value.problems)
-    assert "pydantic" not in text and "http" not in text and "type=" not in text and "Traceback" not in text
+    assert "pydantic" not in text and "http" not in text and "[type=" not in text and "Traceback" not in text
     return caught.value.problems
+
+
+BIASED = "moe.gate_norm=false megatron.moe_router_score_function=sigmoid megatron.moe_router_enable_expert_bias=true "
+# Routing that is unusual and fine.
+RIGHT = [
+    "moe.gate_norm=false moe.num_experts=2",
+    "moe.capacity_scope=rank",
+    "moe.eval_capacity_factor=1.0",
+    "moe.pad_to_capacity=true moe.capacity_factor=2.0",
+    "moe.pad_to_capacity=true moe.capacity_factor=1.1 moe.capacity_scope=rank parallel.tp=2",
+    "moe.aux_coefficient=[0.1,0.2] moe.layers=[3,1] moe.extra_aux_losses=[{loss: report, coefficient: [1.0,2.0]}]",
+    "moe.aux_schedule=[{step: 0, factor: 1.0},{step: 10, factor: 0.0}]",
+    "megatron.moe_router_score_function=softmax",
+    BIASED + "megatron.moe_router_bias_update_rate=0.01",
+    "megatron.moe_router_num_groups=2 megatron.moe_router_group_topk=1",
+    "megatron.moe_router_num_groups=4 megatron.moe_router_group_topk=2",
+    "megatron.moe_router_num_groups=2 megatron.moe_router_group_topk=2 moe.topk=3",
+    "megatron.moe_router_num_groups=null",
+    "megatron.moe_input_jitter_eps=0.01 megatron.moe_router_topk_scaling_factor=2.5",
+    "megatron.moe_router_fusion=true model.backend=te",
+    "megatron.moe_enable_routing_replay=true",
+    "megatron.moe_router_force_load_balancing=true",
+    "megatron.moe_apply_probs_on_input=true moe.topk=1",
+    "megatron.moe_shared_expert_gate=true megatron.moe_shared_expert_overlap=true moe.shared_expert_ffn_hidden_size=32",
+]
+
+
+@pytest.mark.parametrize("overrides", RIGHT)
+def test_unusual_routing_that_is_fine(base, overrides):
+    load_config([base], re.split(r" (?=[a-z0-9_.]+=)", overrides))
 
 
 # overrides, world size, what the one problem starts with, what else it must say
@@ -78,6 +108,27 @@ WRONG = [
     ("model.num_attention_heads=5", None, "model.num_attention_heads=5", "set head_dim"),
     ("optim.min_lr=1.0", None, "optim.min_lr=1.0", "above lr"),
     ("moe.pad_to_capacity=true moe.capacity_factor=1.0 moe.dispatcher=allgather", None, "moe.pad_to_capacity=true", "dispatcher=alltoall"),
+    ("moe.pad_to_capacity=true", None, "moe.pad_to_capacity=true needs capacity_factor", "set it (1.1 is a start)"),
+    ("moe.capacity_factor=0", None, "moe.capacity_factor=0", "a number above 0"),
+    ("moe.capacity_factor=-1.0", None, "moe.capacity_factor=-1.0", "a number above 0"),
+    ("moe.eval_capacity_factor=0.0", None, "moe.eval_capacity_factor=0.0", "a number above 0"),
+    ("moe.capacity_scope=layer", None, 'moe.capacity_scope="layer"', "rank, micro_batch"),
+    ("moe.gate_norm_scale=0", None, "moe.gate_norm_scale=0", "a number above 0"),
+    ("moe.gate_norm_epsilon=0.0", None, "moe.gate_norm_epsilon=0.0", "a number above 0"),
+    ("moe.aux_scope=global", None, 'moe.aux_scope="global"', "did you mean global_batch?"),
+    ("moe.aux_coefficient=-0.1", None, "moe.aux_coefficient=-0.1", "a number from 0 up or a list"),
+    ("moe.aux_coefficient=much", None, 'moe.aux_coefficient="much"', "a number from 0 up or a list, each item a number from 0 up, not text"),
+    ("moe.aux_coefficient=[0.1,0.1,-0.1,0.1]", None, "moe.aux_coefficient.2=-0.1", "this must be a number from 0 up"),
+    ("moe.extra_aux_losses=[{loss: report, coefficient: x}]", None, 'moe.extra_aux_losses.0.coefficient="x"', "a number from 0 up or a list"),
+    ("moe.z_loss_coefficient=-0.1", None, "moe.z_loss_coefficient=-0.1", "from 0 up"),
+    ("moe.adaptive.momentum=1.0 moe.capacity_factor=1.1", None, "moe.adaptive.momentum=1.0", "below 1"),
+    ("moe.adaptive.enabled=true moe.capacity_factor=1.1 moe.aux_loss=none", None, "moe.adaptive.enabled=true", "set aux_loss to report or switch"),
+    ("moe.adaptive.enabled=true moe.capacity_factor=1.1 moe.aux_schedule=[{step: 1, factor: 1.0}]", None, "moe.adaptive.enabled=true and", "leave out"),
+    ("moe.aux_loss=none moe.aux_schedule=[{step: 1, factor: 1.0}]", None, "moe.aux_schedule moves the coefficient", "leave it out"),
+    ("moe.aux_schedule=[{step: 3, factor: 1.0},{step: 3, factor: 0.5}]", None, "moe.aux_schedule names steps [3, 3]", "after the one before"),
+    ("moe.aux_schedule=[{step: 3, factor: -1.0}]", None, "moe.aux_schedule.0.factor=-1.0", "from 0 up"),
+    ("moe.aux_loss=none moe.extra_aux_losses=[{loss: switch, coefficient: 0.1}]", None, "moe.extra_aux_losses come beside", "make the first of them"),
+    ("moe.extra_aux_losses=[{loss: switch, coefficient: 0.1}]", None, "moe.extra_aux_losses names switch over micro_batch", "add up the coefficients"),
     # the world
     ("parallel.tp=4", 6, "world size 6 is not a multiple of parallel.tp=4", "use 4 or 8 ranks, or a product out of 1, 2, 3 or 6"),
     ("parallel.ep=4 parallel.pp=2", 4, "world size 4 is not a multiple of parallel.ep=4 * parallel.etp=1 * parallel.pp=2 = 8", "use 8 ranks"),
@@ -115,6 +166,58 @@ WRONG = [
     ("moe.layers=[1,4]", None, "moe.layers names 4", "from 0 to 3"),
     ("moe.layers=[1,1,2]", None, "moe.layers names 1 more than once", "once"),
     ("moe.layers=[-1]", None, "moe.layers.0=-1", "from 0 up"),
+    # routing: the gate
+    ("moe.num_experts=2", None, "moe.gate_norm=true with moe.num_experts=2", "set moe.gate_norm=false"),
+    ("megatron.moe_router_score_function=sigmoid", None, "megatron.moe_router_score_function=sigmoid judges", "set moe.gate_norm=false"),
+    ("megatron.moe_router_enable_expert_bias=true", None, "megatron.moe_router_enable_expert_bias=true", "sigmoid and moe.gate_norm=false"),
+    ("megatron.moe_router_enable_expert_bias=true moe.gate_norm=false", None, "megatron.moe_router_enable_expert_bias=true", "score_function=sigmoid"),
+    ("megatron.moe_router_bias_update_rate=0.01", None, "megatron.moe_router_bias_update_rate=0.01", "without megatron.moe_router_enable_expert_bias=true"),
+    (BIASED + "megatron.moe_router_bias_update_rate=-0.01", None, "megatron.moe_router_bias_update_rate=-0.01", "above 0"),
+    ("megatron.moe_router_pre_softmax=true", None, "megatron.moe_router_pre_softmax=true", "set moe.topk"),
+    ("megatron.moe_router_dtype=fp64", None, 'megatron.moe_router_dtype="fp64"', "every model here has fp32"),
+    ("megatron.moe_router_num_groups=3 megatron.moe_router_group_topk=1", None, "megatron.moe_router_num_groups=3 does not divide", "use 1, 2 or 4"),
+    ("megatron.moe_router_num_groups=0 megatron.moe_router_group_topk=1", None, "megatron.moe_router_num_groups=0 does not divide", "use 1, 2 or 4"),
+    ("megatron.moe_router_num_groups=2", None, "megatron.moe_router_num_groups=2 limits nothing", "set it (1 to 2)"),
+    ("megatron.moe_router_group_topk=2", None, "megatron.moe_router_group_topk=2", "set megatron.moe_router_num_groups too (1, 2 or 4)"),
+    ("megatron.moe_router_num_groups=2 megatron.moe_router_group_topk=0", None, "megatron.moe_router_group_topk=0", "use 1 to 2"),
+    ("megatron.moe_router_num_groups=2 megatron.moe_router_group_topk=3 moe.topk=3", None, "megatron.moe_router_group_topk=3", "use 1 to 2"),
+    ("megatron.moe_router_num_groups=4 megatron.moe_router_group_topk=3", None, "megatron.moe_router_group_topk=3", "(moe.topk=2), out of"),
+    ("megatron.moe_router_num_groups=4 megatron.moe_router_group_topk=1", None, "megatron.moe_router_group_topk=1", "use 2 groups or more, or topk up to 1"),
+    ("megatron.moe_input_jitter_eps=0.0", None, "megatron.moe_input_jitter_eps=0.0", "above 0 and below 1"),
+    ("megatron.moe_input_jitter_eps=1", None, "megatron.moe_input_jitter_eps=1", "above 0 and below 1"),
+    ("megatron.moe_input_jitter_eps=-0.1", None, "megatron.moe_input_jitter_eps=-0.1", "above 0 and below 1"),
+    ("megatron.moe_router_topk_scaling_factor=0.0", None, "megatron.moe_router_topk_scaling_factor=0.0", "a number above 0"),
+    ("megatron.moe_apply_probs_on_input=true", None, "megatron.moe_apply_probs_on_input=true", "set moe.topk=1 (it is 2)"),
+    ("megatron.moe_router_fusion=true model.backend=torch", None, "megatron.moe_router_fusion=true", "set model.backend=te"),
+    ("megatron.moe_router_fusion=true megatron.moe_enable_routing_replay=true", None, "megatron.moe_router_fusion=true", "leave one of them out"),
+    # routing: capacity and auxiliary losses
+    ("moe.pad_to_capacity=true moe.capacity_factor=2.1", None, "moe.capacity_factor=2.1", "at most num_experts / topk = 2"),
+    ("moe.pad_to_capacity=true moe.capacity_factor=1.1 parallel.tp=2", None, "moe.capacity_scope=micro_batch lets", "parallel.tp=2 ranks"),
+    ("moe.pad_to_capacity=true moe.capacity_factor=1.1 parallel.cp=2 model.backend=te", 2, "moe.capacity_scope=micro_batch", "parallel.cp=2 ranks"),
+    ("moe.aux_coefficient=[0.1,0.2]", None, "moe.aux_coefficient=[0.1, 0.2] has 2 numbers, and there are 4 MoE layers", "a single number for all"),
+    ("moe.aux_coefficient=[0.1,0.2,0.3] moe.layers=[1,3]", None, "moe.aux_coefficient=[0.1, 0.2, 0.3] has 3", "there are 2 MoE layers"),
+    ("moe.aux_coefficient=[]", None, "moe.aux_coefficient=[] has 0 numbers", "one per MoE layer"),
+    ("moe.extra_aux_losses=[{loss: report, coefficient: [1.0]}]", None, "moe.extra_aux_losses.0.coefficient=[1.0] has 1 numbers", "one per MoE layer"),
+    ("moe.aux_schedule=[{step: 0, factor: 1.0},{step: 11, factor: 0.0}]", None, "moe.aux_schedule names step 11", "train.steps=10; use steps up to 10"),
+    # routing: fields of megatron-core that would go round it
+    ("megatron.moe_router_load_balancing_type=sinkhorn", None, "megatron.moe_router_load_balancing_type=", "set moe.aux_loss"),
+    ("megatron.moe_router_load_balancing_type=quantile_balancing", None, "megatron.moe_router_load_balancing_type=", "set moe.aux_loss"),
+    ("megatron.moe_aux_loss_coeff=0.1", None, "megatron.moe_aux_loss_coeff=0.1", "set moe.aux_coefficient"),
+    ("megatron.moe_z_loss_coeff=0.1", None, "megatron.moe_z_loss_coeff=0.1", "set moe.z_loss_coefficient"),
+    ("megatron.moe_token_dropping=true", None, "megatron.moe_token_dropping=true", "set moe.capacity_factor"),
+    ("megatron.moe_token_dispatcher_type=flex", None, 'megatron.moe_token_dispatcher_type="flex"', "set moe.dispatcher"),
+    ("megatron.moe_enable_deepep=true", None, "megatron.moe_enable_deepep=true", "moe.dispatcher offers alltoall and allgather"),
+    ("megatron.moe_flex_dispatcher_backend=hybridep", None, "megatron.moe_flex_dispatcher_backend=", "moe.dispatcher offers alltoall and allgather"),
+    ("megatron.moe_router_topk_limited_devices=2", None, "megatron.moe_router_topk_limited_devices=2", "set megatron.moe_router_num_groups"),
+    ("megatron.moe_per_layer_logging=true", None, "megatron.moe_per_layer_logging=true", "metrics.router=true"),
+    ("megatron.moe_latent_size=16", None, "megatron.moe_latent_size=16", "the whole hidden state"),
+    ("megatron.overlap_moe_expert_parallel_comm=true", None, "megatron.overlap_moe_expert_parallel_comm=true", "leave it out"),
+    ("megatron.moe_shared_expert_gate=true", None, "megatron.moe_shared_expert_gate=true", "set moe.shared_expert_ffn_hidden_size"),
+    ("megatron.moe_shared_expert_overlap=true", None, "megatron.moe_shared_expert_overlap=true", "set moe.shared_expert_ffn_hidden_size"),
+    ("megatron.moe_shared_expert_overlap=true moe.shared_expert_ffn_hidden_size=32 moe.dispatcher=allgather", None, "megatron.moe_shared", "alltoall"),
+    ("megatron.moe_router_padding_for_quantization=true", None, "megatron.moe_router_padding_for_quantization=true", "set megatron.fp8"),
+    ("megatron.moe_router_padding_for_fp8=true megatron.fp8=hybrid model.backend=te moe.dispatcher=allgather", None, "megatron.moe_router", "alltoall"),
+    ("megatron.moe_input_jitter_eps=0.1 moe=null", None, "megatron.moe_input_jitter_eps=0.1 is about experts", "there is no moe section"),
     # recomputation, precision, schedule, data
     ("parallel.recompute_layers=1", None, "parallel.recompute_layers=1", "set recompute=full"),
     ("parallel.recompute=full parallel.recompute_layers=5", None, "parallel.recompute_layers=5", "use 1 to 4"),
@@ -146,7 +249,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("overrides", "world_size", "start", "advice"), WRONG, ids=[case[0] for case in WRONG])
 def test_wrong_setting(base, overrides, world_size, start, advice):
-    parts = re.split(r" (?=[a-z_.]+=)", overrides)
+    parts = re.split(r" (?=[a-z0-9_.]+=)", overrides)
     problems = problems_of([base], parts, world_size)
     assert len(problems) == 1, problems
     assert problems[0].startswith(start) and advice in problems[0], problems
@@ -192,10 +295,29 @@ def test_all_problems_are_reported_at_once(base):
     assert [key for key in keys if key not in text] == ["moe.layers names 9"]  # it is compared with num_layers, which may be the mistyped num_layer
 
 
+def test_all_problems_of_routing_are_reported_at_once(base):
+    """Of one section: a value wrong by itself, rules inside the section, rules with other sections, and passed-through fields."""
+    wrong = [
+        "moe.topk=9", "moe.z_loss_coefficient=-1", "moe.pad_to_capacity=true", "moe.dispatcher=allgather", "moe.adaptive.enabled=true",
+        "moe.aux_coefficient=[1.0]", "moe.aux_schedule=[{step: 99, factor: 1.0}]", "megatron.moe_router_score_function=sigmoid", "megatron.moe_input_jitter_eps=2.0", "parallel.ep=3",
+    ]  # fmt: skip
+    starts = [
+        "moe.z_loss_coefficient=-1", "moe.topk=9 is above", "moe.adaptive.enabled=true follows", "moe.adaptive.enabled=true and aux_schedule",
+        "moe.pad_to_capacity=true needs capacity_factor", "moe.pad_to_capacity=true needs dispatcher", "moe.aux_coefficient=[1.0] has 1",
+        "moe.aux_schedule names step 99", "megatron.moe_router_score_function=sigmoid", "megatron.moe_input_jitter_eps=2.0",
+        "moe.num_experts=4 is not a multiple",
+    ]  # fmt: skip
+    # A value that is wrong by itself keeps the schema from coming to its rules; they must be reported all the same.
+    for left_out in ([], ["moe.z_loss_coefficient=-1"]):
+        problems = problems_of([base], [override for override in wrong if override not in left_out])
+        wanted = [start for start in starts if start not in left_out]
+        assert len(problems) == len(wanted) and all(sum(problem.startswith(start) for problem in problems) == 1 for start in wanted), problems
+
+
 def test_one_mistake_is_one_line(base):
     """A rule is not applied to a value that already has a problem: tp=four does not make the batch size wrong as well."""
     assert len(problems_of([base], ["parallel.tp=four", "train.global_batch_size=3"], 4)) == 1
-    assert len(problems_of([base], ["moe.topk=9", "parallel.ep=3"])) == 1
+    assert len(problems_of([base], ["moe.num_experts=four", "moe.topk=9", "parallel.ep=3"])) == 1
     assert len(problems_of([base], ["train.step=0"])) == 1
     assert len(problems_of([base], ["parallel=3", "train.global_batch_size=3"], 4)) == 1
 

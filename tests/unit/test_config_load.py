@@ -48,8 +48,8 @@ def test_a_section_can_be_removed_and_added(base, tmp_path):
     second = tmp_path / "second.yaml"
     second.write_text("moe: null\n")
     assert load_config([base, str(second)]).moe is None
-    moe = load_config([base, str(second)], ["moe.num_experts=2"]).moe
-    assert moe is not None and moe.num_experts == 2 and moe.layers is None
+    moe = load_config([base, str(second)], ["moe.num_experts=3"]).moe
+    assert moe is not None and moe.num_experts == 3 and moe.layers is None
 
 
 @pytest.mark.parametrize(("override", "path", "value"), [
