@@ -24,6 +24,7 @@ DECIDED_ELSEWHERE = {
     "context_parallel_size": "parallel.cp",
     "expert_model_parallel_size": "parallel.ep",
     "expert_tensor_parallel_size": "parallel.etp",
+    "moe_extended_tp": "parallel.etp",
     "sequence_parallel": "parallel.tp (above 1 turns it on)",
     "pipeline_model_parallel_layout": "parallel.layers_per_stage",
     "num_layers_in_first_pipeline_stage": "parallel.layers_per_stage",

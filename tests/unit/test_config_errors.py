@@ -299,7 +299,8 @@ def test_all_problems_of_routing_are_reported_at_once(base):
     """Of one section: a value wrong by itself, rules inside the section, rules with other sections, and passed-through fields."""
     wrong = [
         "moe.topk=9", "moe.z_loss_coefficient=-1", "moe.pad_to_capacity=true", "moe.dispatcher=allgather", "moe.adaptive.enabled=true",
-        "moe.aux_coefficient=[1.0]", "moe.aux_schedule=[{step: 99, factor: 1.0}]", "megatron.moe_router_score_function=sigmoid", "megatron.moe_input_jitter_eps=2.0", "parallel.ep=3",
+        "moe.aux_coefficient=[1.0]", "moe.aux_schedule=[{step: 99, factor: 1.0}]",
+        "megatron.moe_router_score_function=sigmoid", "megatron.moe_input_jitter_eps=2.0", "parallel.ep=3",
     ]  # fmt: skip
     starts = [
         "moe.z_loss_coefficient=-1", "moe.topk=9 is above", "moe.adaptive.enabled=true follows", "moe.adaptive.enabled=true and aux_schedule",
