@@ -31,11 +31,12 @@ from ablation_plots import write_plots  # noqa: E402
 from ablation_results import collect, markdown  # noqa: E402
 from ablation_runner import Interrupted, Outcome, Scheduler, cpu_environment, describe_runs, gpu_environment, write_json  # noqa: E402
 from demo import count_gpus  # noqa: E402
+from megatron_skywork.cli import show  # noqa: E402
 from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, EXIT_REQUEUE, DataError, UserError  # noqa: E402
 from megatron_skywork.metrics import wording  # noqa: E402
 from stage_runner import Command, Runner, Stage, environment  # noqa: E402
 
-# Measured with base.yaml on two cores of an AMD EPYC, two runs at a time: a step, and what a run needs besides (imports, evaluations, saves).
+# Measured with base.yaml on two cores of an AMD EPYC with nothing else to do: a step, and what a run needs besides (imports, evaluations, saves).
 SECONDS_PER_STEP, SECONDS_PER_RUN = 0.32, 35.0
 BYTES_PER_JOB = 3 << 29  # 1.5 GiB, measured 0.9
 EXIT_CODES = "Exit codes: 0 done, 1 a run failed, 2 a setting is wrong, 3 data was refused, 75 stopped (the same command goes on)."
@@ -87,21 +88,23 @@ def estimate_seconds(plan: Plan, jobs: int) -> float:
 
 
 def show_plan(plan: Plan, jobs: int, gpus: int, as_json: bool) -> None:
+    """Print the runs and what they will take."""
     runs = describe_runs(plan.runs)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"{cores()} CPU core{'s' if cores() > 1 else ''}"
     estimate = None if gpus else estimate_seconds(plan, jobs)
     if as_json:
-        print(json.dumps({"device": where, "jobs": jobs, "estimated_seconds": estimate, "trained_as": plan.trained_as, "runs": runs}, indent=1))
+        show(json.dumps({"device": where, "jobs": jobs, "estimated_seconds": estimate, "trained_as": plan.trained_as, "runs": runs}, indent=1))
         return
-    print(f"{len(runs)} runs, {jobs} at a time on {where}; folder {plan.out}")
+    lines = [f"{len(runs)} runs, {jobs} at a time on {where}; folder {plan.out}"]
     for run in runs:
-        print(f"  {run['variant']:11} seed {run['seed']:<5} {run['steps']:>6,} steps  {run['tokens'] / 1e6:6.2f} M tokens  {run['status']}")
+        lines.append(f"  {run['variant']:11} seed {run['seed']:<5} {run['steps']:>6,} steps  {run['tokens'] / 1e6:6.2f} M tokens  {run['status']}")
     for variant, trained in plan.trained_as.items():
         if variant != trained:
-            print(f"  {variant} has the settings of {trained} and is not trained again")
-    print(f"in all {sum(run['tokens'] for run in runs) / 1e6:.1f} M tokens", end="")
-    print("" if estimate is None else f"; about {wording.duration(estimate)}, if a step takes {SECONDS_PER_STEP} s, as it did on two cores of an AMD EPYC")
-    print(f"the first one's command:\n  {runs[0]['command']}")
+            lines.append(f"  {variant} has the settings of {trained}, and is the same run")
+    total = f"in all {sum(run['tokens'] for run in runs) / 1e6:.1f} M tokens"
+    if estimate is not None:
+        total += f"; about {wording.duration(estimate)}, if a step takes {SECONDS_PER_STEP} s, as it did on two cores of an AMD EPYC"
+    show("\n".join([*lines, total, "the first one's command:", f"  {runs[0]['command']}"]))
 
 
 def preparation(out: Path, vocab_size: int) -> list[Stage]:
@@ -200,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps(results, indent=1) if args.json else markdown(results))
+    show(json.dumps(results, indent=1) if args.json else markdown(results))
     written = ["results.md", "results.json", *(f"{group.key}.html" for group in plan.groups())]
     print(f"{', '.join(str(plan.out / name) for name in written)}   ({wording.duration(time.monotonic() - started)})", file=sys.stderr)
     return EXIT_OTHER if outcome.failed else EXIT_DONE

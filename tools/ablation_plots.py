@@ -183,7 +183,7 @@ def finish(axes: Any, title: str, below: str) -> None:
     axes.set_title(title, loc="left", fontsize=8.5, color=MUTED, pad=8)
     axes.set_xlabel(below)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best")
+        axes.legend(loc="best", frameon=False, fontsize=8.5)
 
 
 def side_by_side(left: Draw, right: Draw) -> bytes:

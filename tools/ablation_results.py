@@ -223,9 +223,15 @@ def difference_table(group: dict[str, Any]) -> list[str]:
     for figure in FIGURES:
         found = [entry["differences"][figure.key] for entry in entries]
         if any(item["mean"] is not None for item in found):
-            cells = ["equal" if not any(item["per_seed"].values()) else f"{shown(item, figure, signed=True)} ({item['agree']} of {item['seeds']})" for item in found]
-            rows.append(f"| {figure.label} | {' | '.join(cells)} |")
+            rows.append(f"| {figure.label} | {' | '.join(shown_difference(item, figure) for item in found)} |")
     return rows
+
+
+def shown_difference(value: dict[str, Any], figure: Figure) -> str:
+    """`-0.0123 ± 0.0040 (3 of 3)`; `equal` where no seed differs, as with runs that are the same."""
+    if value["seeds"] and not any(value["per_seed"].values()):
+        return "equal"
+    return shown(value, figure, signed=True) + (f" ({value['agree']} of {value['seeds']})" if value["seeds"] else "")
 
 
 def shown(value: dict[str, Any], figure: Figure, signed: bool = False) -> str:
