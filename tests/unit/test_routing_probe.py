@@ -34,12 +34,12 @@ def test_the_first_comparison_compares_nothing_and_the_next_ones_count_tokens() 
 
 def test_only_the_first_micro_batch_of_an_evaluation_is_seen() -> None:
     probe = RoutingProbe()
-    first, other = _map((0, 1), (1, 2)), _map((2, 3), (0, 3))
-    probe.see(other)
-    _evaluated(probe, first, other, other)
-    probe.see(other)
-    assert _evaluated(probe, first, other) == [0, 2]
-    assert _evaluated(probe, other, first) == [2, 2]
+    first, second, third = _map((0, 1), (1, 2)), _map((2, 3), (0, 3)), _map((0, 2), (1, 3))
+    probe.see(second)
+    _evaluated(probe, first, second, third)
+    probe.see(second)
+    assert _evaluated(probe, first, third, second) == [0, 2]
+    assert _evaluated(probe, second, first) == [2, 2]
 
 
 def test_what_was_seen_is_a_copy() -> None:
@@ -56,6 +56,11 @@ def test_an_evaluation_that_broke_off_leaves_no_trace() -> None:
     probe.listen()
     probe.see(_map((2, 3)))
     assert _evaluated(probe, _map((0, 1))) == [0, 1]
+    probe.listen()
+    probe.see(_map((2, 3)))
+    probe.listen()
+    with pytest.raises(RuntimeError, match="saw nothing"):
+        probe.compare()
 
 
 def test_a_router_that_did_not_run_or_another_probe_is_an_error() -> None:
