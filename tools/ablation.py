@@ -196,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
         outcome = train(plan, jobs, gpus)
         for name, reason in outcome.failed.items():
             print(f"FAILED: {name}: {reason}", file=sys.stderr)
+        if outcome.failed and not outcome.done:
+            return EXIT_OTHER
         results = write_results(plan)
     except Interrupted:
         print(f"stopped; the same command goes on: {shlex.join(['python', *sys.argv])}", file=sys.stderr)

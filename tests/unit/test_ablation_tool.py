@@ -72,8 +72,9 @@ def scheduler(folder: Path, modes: dict[str, str], jobs: int = 2) -> ablation_ru
 
 
 @pytest.fixture(autouse=True)
-def _poll_often(monkeypatch):
+def _quick_and_without_gpu(monkeypatch):
     monkeypatch.setattr(ablation_runner, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(ablation, "count_gpus", lambda: 0)
 
 
 def test_variants_with_equal_settings_are_one_run():
@@ -267,6 +268,7 @@ def test_unfinished_runs_are_left_out_and_named(tmp_path):
 
 
 def test_plots_are_drawn_from_the_results_file_alone(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     ablation_runner.write_json(tmp_path / "results.json", ablation_results.collect(finished(tmp_path)))
     assert ablation.main(["--out", str(tmp_path), "--plots", str(tmp_path / "plots")]) == 0
     names = sorted(path.name for path in (tmp_path / "plots").iterdir())
