@@ -216,9 +216,9 @@ def write_run(run: PlannedRun, loss: float, drops: list[float]) -> None:
 
 
 def finished(tmp_path: Path) -> Plan:
-    """All variants, two seeds: lambda_1 is better by 0.1 and 0.3, lambda_2 better in one seed and worse in the other."""
+    """All variants, two seeds: lambda_0.5 is worse by 0.2, lambda_1 better by 0.1 and 0.3, lambda_2 better in one seed and worse in the other."""
     plan = plan_in(tmp_path)
-    gains = {"lambda_1": (0.1, 0.3), "lambda_2": (0.1, -0.3)}
+    gains = {"lambda_0.5": (-0.2, -0.2), "lambda_1": (0.1, 0.3), "lambda_2": (0.1, -0.3)}
     for run in plan.runs:
         drop = 0.04 if run.variant == "adaptive" else 0.08
         write_run(run, 4.0 + run.seed - gains.get(run.variant, (0, 0))[run.seed - 1], [drop, drop, drop, 2 * drop])
@@ -239,6 +239,7 @@ def test_figures_are_means_at_the_end_and_differences_are_taken_per_seed(tmp_pat
     assert "differences" not in gate["no_norm"]
     better = gate["lambda_1"]["differences"]["training_loss"]
     assert (better["mean"], better["std"], better["agree"]) == pytest.approx((-0.2, 0.02**0.5, 2))
+    assert gate["lambda_0.5"]["differences"]["training_loss"]["agree"] == 2
     mixed = gate["lambda_2"]["differences"]["training_loss"]
     assert (mixed["mean"], mixed["agree"], mixed["seeds"]) == pytest.approx((0.1, 1, 2))
     # The coefficients' reference reads the runs of lambda_1.
@@ -249,7 +250,7 @@ def test_figures_are_means_at_the_end_and_differences_are_taken_per_seed(tmp_pat
 
 def test_results_are_tables_and_one_seed_has_no_spread(tmp_path):
     text = ablation_results.markdown(ablation_results.collect(finished(tmp_path)))
-    assert "| training loss | 5.5000 ± 0.7071 | 5.5000 ± 0.7071 | 5.3000 ± 0.5657 | 5.6000 ± 0.9899 |" in text
+    assert "| training loss | 5.5000 ± 0.7071 | 5.7000 ± 0.7071 | 5.3000 ± 0.5657 | 5.6000 ± 0.9899 |" in text
     assert "-0.2000 ± 0.1414 (2 of 2)" in text
     assert "| dropped, % | equal | -5.00 ± 0.00 (2 of 2) |" in text
     alone = ablation_results.markdown(ablation_results.collect(plan_in(tmp_path, seeds=(2,), only=("no_norm", "lambda_1"))))
