@@ -179,6 +179,8 @@ def _curves(
     label_steps(axes, what)
     if has_legend:
         legend(axes, columns=in_row, below=canvas)
+    if key == "dead_experts":
+        axes.yaxis.get_major_locator().set_params(integer=True)
     if whole:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     form = wording.percent if as_percent else "{:,.0f}".format if whole else "{:.4g}".format

@@ -19,6 +19,9 @@ from megatron_skywork.report.load import Run
 from megatron_skywork.report.router_records import DEAD_BELOW, Router
 from megatron_skywork.report.variants import Variant
 
+# Runs at least this part as long as the longest are compared with it.
+_AS_LONG = 0.9
+
 
 @dataclass(frozen=True)
 class KeyFigures:
@@ -155,7 +158,7 @@ def _plain(value: float) -> str:
 
 
 def cells(column: Column, found: Sequence[Variant], figures: Mapping[str, KeyFigures]) -> list[Cell | None]:
-    """A column over the variants, the best marked; nothing is marked where most are equally good or nothing is better.
+    """A column over the variants, the best of the longest ones marked; nothing is marked where most are equally good or nothing is better.
 
     Args:
         figures: of every run, by the run's name.
@@ -164,13 +167,16 @@ def cells(column: Column, found: Sequence[Variant], figures: Mapping[str, KeyFig
     for variant in found:
         values = [value for run in variant.runs if (value := column.of(figures[run.name])) is not None]
         row.append(Cell(sum(values) / len(values), min(values), max(values), len(values)) if values else None)
-    known = [cell for cell in row if cell is not None]
+    steps = [max(figures[run.name].steps for run in variant.runs) for variant in found]
+    # A run that has just begun, or a shorter one, is no match for the others.
+    long = [count >= _AS_LONG * max(steps) for count in steps]
+    known = [cell for cell, counts in zip(row, long, strict=True) if cell is not None and counts]
     if column.better is None or len(known) < 2 or len({column.show(cell.mean) for cell in known}) < 2:
         return row
     best = (min if column.better == "low" else max)(known, key=lambda cell: cell.mean)
     if sum(column.show(cell.mean) == column.show(best.mean) for cell in known) > len(known) / 2:
         return row  # most are best: the others stand out without stars
-    return [None if cell is None else _marked(cell, best, column) for cell in row]
+    return [cell if cell is None or not counts else _marked(cell, best, column) for cell, counts in zip(row, long, strict=True)]
 
 
 def _marked(cell: Cell, best: Cell, column: Column) -> Cell:

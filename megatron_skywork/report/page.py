@@ -116,13 +116,13 @@ def _from_to(first: float, last: float) -> str:
 
 def finding_list(found: Sequence[Finding]) -> str:
     """Findings with a coloured mark and a word, for those who do not see colours."""
-
-    def text_of(finding: Finding) -> str:
-        # A number and its percent sign stay on one line.
-        return escape(finding.text.replace(" %", "\u00a0%"))
-
-    items = "".join(f'<li><span class="level {each.level}">{_LEVELS[each.level]}</span><span>{text_of(each)}</span></li>' for each in found)
+    items = "".join(f'<li><span class="level {each.level}">{_LEVELS[each.level]}</span><span>{_unbroken(each.text)}</span></li>' for each in found)
     return f'<ul class="findings card">{items}</ul>'
+
+
+def _unbroken(text: str) -> str:
+    """Escaped, and a number and its percent sign stay on one line."""
+    return escape(text.replace(" %", "\u00a0%"))
 
 
 def plot_grid(plots: Sequence[Plot]) -> str:
@@ -135,7 +135,7 @@ def _figure(plot: Plot) -> str:
     words = f"<h3>{escape(plot.title)}</h3><p>{escape(plot.how_to_read)}</p>"
     described = f"{plot.title}. {plot.shows}" if plot.shows else plot.title
     picture = f'<div class="scroll"><img alt="{escape(described)}" src="data:image/png;base64,{image}"></div>'
-    numbers = f"<figcaption>{escape(plot.shows)}</figcaption>" if plot.shows else ""
+    numbers = f"<figcaption>{_unbroken(plot.shows)}</figcaption>" if plot.shows else ""
     return f'<figure class="card{" wide" if plot.wide else ""}" id="{escape(plot.key)}">{words}{picture}{numbers}</figure>'
 
 

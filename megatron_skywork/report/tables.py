@@ -92,7 +92,11 @@ def comparison_table(found: Sequence[Variant], columns: Sequence[Column], figure
         steps = "" if alike else f"<td>{lengths[index]}</td>"
         rows.append(f"<tr><td>{key(*look)}{escape(variant.name)}{_state(variant)}</td>{steps}{shown}</tr>")
     words = "; ".join(f"{column.name}: {column.meaning}" for column in columns)
-    marks = f"{lengths[0]} steps each. " if alike else "Not all are equally long, so figures at their ends are not those of equal training. "
+    marks = (
+        f"{lengths[0]} steps each. "
+        if alike
+        else "Not all are equally long, so figures at their ends are not those of equal training; marks are for the longest. "
+    )
     marks += "Star: best of its column. "
     if any(len(variant.runs) > 1 for variant in found):
         marks += "≈: its range over seeds overlaps the best one's, so these runs do not tell them apart. Small: ± half the range over seeds. "

@@ -75,7 +75,9 @@ def test_hostile_strings_are_shown_not_run(tmp_path: Path):
     (folder / "run_status.json").write_text(json.dumps({"status": HOSTILE}))
     (folder / "config.yaml").write_text(HOSTILE)
     summary = {"stages": [{"name": HOSTILE, "seconds": 1}], "loss_before": {HOSTILE: 1.0}, "loss_after": {}, "generated": {"prompt": HOSTILE, "text": HOSTILE}}
-    for folders in ([folder], [folder, folder]):
+    settings = {**CONFIG, HOSTILE: HOSTILE}
+    other = write_run(tmp_path / "i><i>", [step_record(1)], config=settings)
+    for folders in ([folder], [folder, other, write_run(tmp_path / "third", [step_record(1)], config={**CONFIG, HOSTILE: 1})]):
         page = Page(build_report(folders, tmp_path / "out.html", summary=summary).path)
         assert "script" not in {tag for tag, _ in page.tags}
         assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)

@@ -109,6 +109,11 @@ def test_only_settings_that_differ_are_listed(tmp_path: Path):
     }
 
 
+def test_seeds_are_listed_only_where_they_are_others(tmp_path: Path):
+    folders = [write(tmp_path / f"{name}{seed}", seed, moe__topk=topk) for name, topk, seeds in (("a", 1, (7, 8)), ("b", 2, (8, 7))) for seed in seeds]
+    assert list(differing_settings(variants(loaded(*folders)))) == ["moe.topk"]
+
+
 def test_a_dense_run_beside_others_does_not_list_every_setting_of_experts(tmp_path: Path):
     folders = [write(tmp_path / "dense", router=None, moe=None), write(tmp_path / "a"), write(tmp_path / "b", moe__adaptive__maximum=0.02)]
     differing = differing_settings(variants(loaded(*folders)))
@@ -130,6 +135,14 @@ def test_the_best_value_is_marked_and_what_seeds_do_not_tell_apart(tmp_path: Pat
     assert first is not None and (first.mean, first.low, first.high) == (pytest.approx(2.1), 2.0, 2.2)
     assert {cell.mark for cell in cells(by_name["coefficient"], variants(runs), figures) if cell} == {""}, "no coefficient is better than another"
     assert {cell.mark for cell in cells(by_name["dropped"], variants(runs), figures) if cell} == {""}, "all are equal"
+
+
+def test_a_run_that_has_just_begun_is_not_the_best(tmp_path: Path):
+    lengths = {"long": (3.0,) * 20, "other": (4.0,) * 19, "begun": (1.0,) * 5}
+    runs = loaded(*[write(tmp_path / name, losses=losses, moe__x=name) for name, losses in lengths.items()])
+    figures = {run.name: key_figures(run) for run in runs}
+    loss = columns(list(figures.values()))[0]
+    assert [cell.mark for cell in cells(loss, variants(runs), figures) if cell] == ["best", "", ""]
 
 
 def test_directions_of_better(tmp_path: Path):

@@ -93,6 +93,7 @@ def test_a_dead_expert_is_named_with_its_step_and_its_layers_coefficient(tmp_pat
 
     folder = write_run(tmp_path, routed(100, load=load, coefficient=lambda part: [0.005, 0.01 - 0.006 * part]))
     assert found(folder, r"^1 dead expert of 8: expert 1 of layer 3 \(0 %, since step 50\) receives less than 1 %") == "warn"
+    assert not any("came back" in text for text in texts(folder))
     assert found(folder, r"^1 dead expert .* coefficient of layer 3 went from 0\.0097 to 0\.0043 meanwhile") == "warn"
 
 

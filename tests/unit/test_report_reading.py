@@ -75,6 +75,11 @@ def test_what_follows_from_the_load_is_computed_for_old_runs_and_read_from_new_o
     assert np.array_equal(new.extra_aux_losses["switch_sequence"], [[1.5, math.nan], [math.nan, math.nan]], equal_nan=True)
 
 
+def test_what_was_recorded_counts_where_some_keys_are_missing(tmp_path: Path):
+    router = load_run(write_run(tmp_path, [step_record(1, router={**ROUTER, "load_p10": [7.0, 8.0]})])).router
+    assert router is not None and router.per_layer["load_p10"].tolist() == [[7.0, 8.0]] and router.per_layer["load_max_over_mean"][0, 1] == pytest.approx(1.88)
+
+
 def test_lists_of_another_length_count_as_missing(tmp_path: Path):
     router = load_run(write_run(tmp_path, [step_record(1, router={**ROUTER, "drop_rate": [0.5], "z_loss": "none"}), step_record(2)])).router
     assert router is not None and np.isnan(router.per_layer["drop_rate"][0]).all() and router.per_layer["drop_rate"][1].tolist() == pytest.approx([0.01, 0.042])
