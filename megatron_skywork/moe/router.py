@@ -219,7 +219,8 @@ class SkyworkRouter(TopKRouter):
         tokens = group_BX[:, -1].detach().sum().clamp(min=1.0) * (1 if needs_group else group_size)
 
         total = gate_TE.new_zeros(())
-        for index, ((kind, scope), coefficient) in enumerate(zip(self.losses, [self.aux_coefficient, *self.extra_coefficients], strict=True)):
+        coefficients: list[Tensor | float] = [self.aux_coefficient, *self.extra_coefficients]
+        for index, ((kind, scope), coefficient) in enumerate(zip(self.losses, coefficients, strict=True)):
             if scope == "global_batch":
                 loss = torch.dot(balance_slope(kind, *self.batch_means), local_BX[:, :experts].sum(dim=0) / tokens)
             else:

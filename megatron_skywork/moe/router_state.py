@@ -93,7 +93,7 @@ def update_coefficients(routers: Sequence[SkyworkRouter], group: ProcessGroup | 
     """
     if not routers:
         empty = torch.zeros(0)
-        return RouterSummary(layers=[], load=torch.zeros(0, 0), **{name: empty for name in SERIES})
+        return RouterSummary([], torch.zeros(0, 0), empty, empty, empty, empty, empty, empty, empty)
     windows = torch.stack([router.window for router in routers])
     if group is not None and group.size() > 1 and routers[0].observes != "nothing":
         torch.distributed.all_reduce(windows, group=group)
