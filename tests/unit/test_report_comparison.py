@@ -15,7 +15,8 @@ from report_samples import CONFIG, ROUTER, Page, step_record, write_run
 from megatron_skywork.report.build import build_report
 from megatron_skywork.report.key_figures import cells, columns, key_figures
 from megatron_skywork.report.load import Run, load_run
-from megatron_skywork.report.variants import differing_settings, run_names, variants
+from megatron_skywork.report.tables import color_keys, comparison_table, settings_table
+from megatron_skywork.report.variants import Variant, differing_settings, run_names, variants
 
 pytest.importorskip("megatron_skywork.report.style", reason="needs the extra `plot`", exc_type=ImportError)
 
@@ -177,6 +178,17 @@ def test_several_runs_share_a_page(tmp_path: Path):
     assert "expert_load_3" not in stems and len(stems) == len(set(stems))
     assert all(path.parent == tmp_path / "both" for path in report.figures) and len(page.images()) == len(stems)
     assert build_report(folders).path == folders[0] / "comparison.html"
+
+
+def test_names_and_settings_are_text_in_every_table(tmp_path: Path):
+    hostile = "<i>x</i>"
+    runs = loaded(write(tmp_path / "a"), write(tmp_path / "b", moe__topk=1))
+    figures = {run.name: key_figures(run) for run in runs}
+    found = [Variant(hostile, [run]) for run in runs]
+    looks = [("#123456", 0), ("#123456", 1)]
+    tables = [color_keys(found, looks), comparison_table(found, columns(list(figures.values())), figures, looks)]
+    tables += [settings_table(found * times, {hostile: [hostile] * 2 * times}) for times in (1, 5)]
+    assert all("<i>" not in table and "&lt;i&gt;" in table for table in tables)
 
 
 def test_many_runs_are_grouped_and_folded(tmp_path: Path):
