@@ -6,11 +6,13 @@ function would run under NCCL, since it asks megatron_skywork.device for everyth
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import gc
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import tempfile
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 300
+_PR_SET_PDEATHSIG = 1
 
 
 class RankPool:
@@ -86,6 +89,8 @@ class RankPool:
 
 def _serve(tasks: Any, answers: Any) -> None:
     """A rank's life: take a function, run it as this rank of a job, answer."""
+    if sys.platform == "linux":  # killed together with the test process, however that ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
