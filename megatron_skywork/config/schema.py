@@ -1,7 +1,7 @@
 """Every setting of a run: its name, type, default, one sentence, and its rule beneath it.
 
 Reading top to bottom is reading the manual: `launch/pretrain_moe.py --help` prints this file. Rules that need more than one section
-(say, experts and the expert-parallel degree) stand in `validate.py`. This module imports no torch, so that a mistake is answered at once.
+(say, experts and the expert-parallel degree) stand in `validate.py` and `validate_routing.py`. This module imports no torch, so that a mistake is answered at once.
 """
 
 from __future__ import annotations
