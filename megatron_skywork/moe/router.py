@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_capacity, topk_routing_with_score_function, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -126,6 +127,10 @@ class SkyworkRouter(TopKRouter):
 
     # ------------------------------------------------------------------------------------------------------------------ forward
 
+    def apply_input_jitter(self, input: Tensor) -> Tensor:
+        """Noise on the gate's input belongs to training; an evaluation and its probe see the gate that is exported."""
+        return super().apply_input_jitter(input) if self.training else input
+
     def gating(self, input: Tensor) -> Tensor:
         """Raw logits [S, B, E] in fp32 for activations [S, B, H]."""
         return gate_logits(input, self.weight, self.bias)
@@ -175,7 +180,8 @@ class SkyworkRouter(TopKRouter):
         elif self.probe is not None and not self.training:
             self.probe.see(routed_TE)
         if self.enable_expert_bias:
-            self._apply_expert_bias(kept_TE, padding_mask=None if valid_T is None else ~valid_T.unsqueeze(-1))
+            # Before dropping: afterwards no expert shows more than its capacity, and with padding all show the same.
+            self._apply_expert_bias(routed_TE, padding_mask=None if valid_T is None else ~valid_T.unsqueeze(-1))
         return probs_TE, kept_TE
 
     def _drop(self, probs_TE: Tensor, routed_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -292,6 +298,10 @@ class SkyworkRouter(TopKRouter):
             (
                 moe.gate_norm and config.moe_router_pre_softmax and topk > 1,
                 "megatron.moe_router_pre_softmax=true leaves the selected weights as they are, moe.gate_norm=true renormalizes them; drop one of the two",
+            ),
+            (
+                config.moe_router_fusion and getattr(moe_utils, "fused_topk_with_score_function", None) is None,
+                "megatron.moe_router_fusion=true needs a kernel of Transformer Engine (2.6 or newer) that is not here; install the extra `te`, or leave it out",
             ),
             (
                 balancing in ("sinkhorn", "quantile_balancing"),

@@ -60,7 +60,7 @@ def notes(config: Config, world_size: int) -> list[str]:
     if moe is not None and p.etp > 1:
         said.append(f"parallel.etp={p.etp}: on CPU ranks (gloo) the gathering of uneven token counts is padded, which is slower; GPUs are not affected")
     if moe is not None and moe.capacity_factor is not None and moe.capacity_scope == "rank" and p.tp * p.cp > 1:
-        said.append("moe.capacity_scope=rank counts slots over the tokens of one rank after the sequence is split, so which assignments drop depends on the layout")
+        said.append("moe.capacity_scope=rank counts slots over one rank's part of the sequence, so which assignments drop depends on the layout")
     if config.megatron:
         said.append("the megatron section is not looked at by these counts: " + ", ".join(config.megatron))
     if world_size % p.gpus_per_node and world_size > p.gpus_per_node:

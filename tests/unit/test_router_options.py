@@ -132,7 +132,6 @@ def test_jitter_is_noise_in_training():
     torch.testing.assert_close(router(_hidden())[0], first, rtol=0, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="megatron-core's jitter does not stop in evaluations")
 def test_an_evaluation_has_no_jitter():
     router, plain = _router(overrides={"moe_input_jitter_eps": 0.3}), _router()
     router.eval()
@@ -228,7 +227,6 @@ def _update_bias(router: SkyworkRouter) -> None:
     module.reset_model_temporary_tensors(router.config, [router])
 
 
-@pytest.mark.xfail(strict=True, reason="assignments are counted after dropping")
 def test_expert_bias_counts_neither_padding_tokens_nor_padded_slots():
     hidden, mask = _hidden(), _mask()
     free = _router(gate_norm=False, overrides=BIASED)
@@ -270,7 +268,6 @@ def test_a_fused_router_gets_normalized_logits(monkeypatch):
     torch.testing.assert_close(_weight_gradient(router, hidden), _weight_gradient(plain, hidden))
 
 
-@pytest.mark.xfail(strict=True, reason="found out in the first forward, not when the model is built")
 def test_a_fused_router_without_transformer_engine_is_refused(monkeypatch):
     monkeypatch.setattr(moe_utils, "fused_topk_with_score_function", None, raising=False)
     with pytest.raises(ConfigError, match="moe_router_fusion=true needs .* Transformer Engine"):
