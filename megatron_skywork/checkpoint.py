@@ -213,7 +213,7 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         content = dist_checkpointing.load(wanted, str(folder))
     except (CheckpointException, CheckpointingException, KeyError, ValueError, RuntimeError) as failure:
-        raise CheckpointError(f"{folder} does not fit this model: {_gist(failure)}") from failure
+        raise CheckpointError(f"{folder} does not fit this model: {_gist(failure)}{_router_state_hint(_gist(failure))}") from failure
     _refuse_left_over(asked, folder)
     return content
 
@@ -229,10 +229,21 @@ def _refuse_left_over(asked: set[str], folder: Path) -> None:
         raise CheckpointError(f"{folder} does not fit this model, which has no place for its {names}; compare the settings of model and moe")
 
 
+def _router_state_hint(failure: str) -> str:
+    """What to do when routers ask for a state that the checkpoint has not."""
+    for name, setting in ((COEFFICIENT_NAME, "moe.adaptive.enabled=true"), (MEANS_NAME, "an auxiliary loss with scope global_batch")):
+        if f".router.{name}" in failure:
+            return (
+                f". The run was saved without {setting}, or its state was lost: go on with the settings it was saved with (its config.yaml), "
+                "or start a new run_dir from its weights with checkpoint.init_from"
+            )
+    return ""
+
+
 def _gist(failure: BaseException) -> str:
     """The last line of a long message, without the list of every name that is there."""
     lines = [line for line in str(failure).splitlines() if line.strip()]
-    return lines[-1].split(": [")[0][:400].strip() if lines else type(failure).__name__
+    return lines[-1].split(": [")[0][:400].strip().replace('"', "") if lines else type(failure).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------------------- state dicts

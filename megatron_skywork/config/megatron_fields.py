@@ -85,11 +85,14 @@ FIXED = {
 _FLEX = "it belongs to megatron-core's flex dispatcher, and moe.dispatcher offers alltoall and allgather; leave it out"
 _RANK_CAPACITY = "it would drop tokens behind the router, where nobody counts them; set moe.capacity_factor (and moe.capacity_scope=rank) instead"
 # Fields that would go round the routing of this package or change nothing in it: why, and what to do.
+_ONE_WEIGHT = "checkpoints and expert similarity need one parameter per expert and matrix; leave it out"
 NOT_HERE = {
     "moe_router_topk_limited_devices": "routing would depend on parallel.ep; set megatron.moe_router_num_groups and megatron.moe_router_group_topk instead",
     "moe_router_quantile_balancing_ema": "it belongs to quantile balancing, which would replace the routing of this package; leave it out",
     "moe_expert_rank_capacity_factor": _RANK_CAPACITY,
     "moe_paged_stash": _RANK_CAPACITY,
+    "moe_single_grouped_weight": _ONE_WEIGHT,
+    "moe_single_grouped_bias": _ONE_WEIGHT,
     "moe_paged_stash_page_size": _RANK_CAPACITY,
     "moe_paged_stash_buffer_size_factor_cuda": _RANK_CAPACITY,
     "moe_paged_stash_buffer_size_factor_cpu": _RANK_CAPACITY,

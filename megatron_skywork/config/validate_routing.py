@@ -7,6 +7,7 @@ configurations that did not come through here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,9 +117,13 @@ def _router_fusion(config: Config, world: int | None) -> Iterator[str]:
 @rule("moe.pad_to_capacity", "moe.capacity_factor", "moe.topk", "moe.num_experts")
 def _padded_capacity(config: Config, world: int | None) -> Iterator[str]:
     moe = config.moe
-    if moe is not None and moe.pad_to_capacity and moe.capacity_factor is not None and moe.capacity_factor * moe.topk > moe.num_experts:
-        yield (f"moe.capacity_factor={moe.capacity_factor} gives an expert more slots than there are tokens, which moe.pad_to_capacity=true cannot fill; "
-               f"use at most num_experts / topk = {moe.num_experts / moe.topk:g}, or pad_to_capacity=false")
+    if moe is None or not moe.pad_to_capacity or moe.capacity_factor is None:
+        return
+    # At exactly num_experts / topk nothing can drop, and rounding may give one slot more than there are tokens.
+    if moe.capacity_factor * moe.topk > moe.num_experts * (1 - 1e-9):
+        below = math.ceil(moe.num_experts / moe.topk * 1000 - 1) / 1000
+        yield (f"moe.capacity_factor={moe.capacity_factor} gives an expert as many slots as there are tokens, which moe.pad_to_capacity=true cannot fill; "
+               f"use less than num_experts / topk, for instance {below:g}, or pad_to_capacity=false")
 
 
 @rule("moe.pad_to_capacity", "moe.capacity_factor", "moe.capacity_scope", "parallel.tp", "parallel.cp")

@@ -30,7 +30,8 @@ micro-batches and data-parallel ranks.
   loss_scale * cp / num_microbatches: what remains is the mean over num_microbatches * dp, as wanted. loss_scale is fp16's and is divided out later.
 * With `calculate_per_token_loss` the schedule's scale is loss_scale alone, gradients are summed over DP x CP, and divided at the end by the tokens of
   the global batch, num_microbatches * dp * (T_local * tp * cp). Multiplying L by `per_token_factor` = T_local * tp * cp leaves the same mean.
-  (megatron-core 0.16.1 omits tp * cp, 0.19 has it. Where labels are masked the divisor is the unmasked tokens, and both losses gain that ratio alike.)
+  (megatron-core 0.16.1 omits tp * cp, 0.19 has it. Where labels are masked the divisor is the unmasked tokens: auxiliary and z-losses then weigh
+  all tokens / unmasked tokens times as much beside the language loss, under every layout alike.)
   This is how training runs, and it makes the mean one over tokens: micro-batches of different sizes weigh as much as they hold.
 
 Shapes: T tokens, E experts.

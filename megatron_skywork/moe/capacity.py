@@ -54,7 +54,7 @@ def slots_of_group(priority_TE: Tensor, capacity: int, group: ProcessGroup | Non
         group: TP x CP, tensor-parallel ranks next to each other; None or one rank for a sequence in one piece.
         cp_size: context-parallel degree, whose ranks hold the sequence in a zigzag.
     """
-    if group is None or group.size() == 1:
+    if group is None or group.size() == 1 or capacity >= group.size() * priority_TE.shape[0]:
         return slots(priority_TE, capacity)
     tokens, experts = priority_TE.shape
     gathered_GE = priority_TE.new_empty(group.size() * tokens, experts)

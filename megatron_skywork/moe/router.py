@@ -8,7 +8,7 @@ The coefficient is a tensor on the device, so that it can change every step with
 other. Statistics are summed on the device into `window`, read and cleared once per optimizer step by `router_state.update_coefficients`.
 They count training forwards with gradients only: not evaluation, and a recomputed layer once, since its first forward runs without gradients.
 
-Shapes: S sequence, B batch, H hidden, T = S * B tokens of this rank, E experts.
+Shapes: S sequence, B batch, H hidden, T = S * B tokens of this rank, E experts; N sets of tokens (sequences, or one micro-batch), X = 2 E + 1 sums of a set.
 """
 
 from __future__ import annotations
@@ -212,40 +212,45 @@ class SkyworkRouter(TopKRouter):
         """Add the sum of coefficient * L to the training loss through `probs_TE`; aux_loss.py derives scopes and scaling."""
         experts = self.num_experts
         group_size = self.tp_cp_group.size()
-        ones_T = gate_TE.new_ones(gate_TE.shape[0]) if valid_T is None else valid_T.to(gate_TE.dtype)
-        # Gate sums, load and token count of each sequence travel in one all-reduce; [B, 2 E + 1].
-        columns = torch.cat([gate_TE, routed_TE.to(gate_TE.dtype), torch.ones_like(gate_TE[:, :1])], dim=1) * ones_T.unsqueeze(-1)
-        local_BX = columns.reshape(-1, batch, 2 * experts + 1).sum(dim=0)
-        self.window[experts : 2 * experts] += local_BX[:, :experts].detach().sum(dim=0)
+        # Gate sums, load and token count of each sequence travel in one all-reduce.
+        columns_TX = torch.cat([gate_TE, routed_TE.to(gate_TE.dtype), torch.ones_like(gate_TE[:, :1])], dim=1)
+        if valid_T is not None:
+            columns_TX = columns_TX * valid_T.unsqueeze(-1)
+        local_NX = columns_TX.reshape(-1, batch, 2 * experts + 1).sum(dim=0)
         by_sequence = any(scope == "sequence" for _, scope in self.losses)
         if not by_sequence:
-            local_BX = local_BX.sum(dim=0, keepdim=True)
+            local_NX = local_NX.sum(dim=0, keepdim=True)
+        gate_sum_E = local_NX[:, :experts].sum(dim=0)
         needs_group = by_sequence or valid_T is not None or any(scope == "micro_batch" for _, scope in self.losses)
-        group_BX = sum_over_group(local_BX, self.tp_cp_group) if needs_group else local_BX
-        tokens = group_BX[:, -1].detach().sum().clamp(min=1.0) * (1 if needs_group else group_size)
+        group_NX = sum_over_group(local_NX, self.tp_cp_group) if needs_group else local_NX
+        tokens = group_NX[:, -1].detach().sum().clamp(min=1.0) * (1 if needs_group else group_size)
+        if self.observes != "nothing":
+            self.window[experts : 2 * experts] += gate_sum_E.detach()
 
         total = gate_TE.new_zeros(())
         coefficients: list[Tensor | float] = [self.aux_coefficient, *self.extra_coefficients]
         for index, ((kind, scope), coefficient) in enumerate(zip(self.losses, coefficients, strict=True)):
             if scope == "global_batch":
-                loss = torch.dot(balance_slope(kind, *self.batch_means), local_BX[:, :experts].sum(dim=0) / tokens)
+                loss = torch.dot(balance_slope(kind, *self.batch_means), gate_sum_E / tokens)
             else:
-                loss = self._loss_over(kind, group_BX if scope == "sequence" else group_BX.sum(dim=0, keepdim=True))
-                self.window[index - len(self.losses)] += loss.detach()
+                loss = self._loss_over(kind, group_NX if scope == "sequence" else group_NX.sum(dim=0, keepdim=True))
+                if self.observes != "nothing":
+                    self.window[index - len(self.losses)] += loss.detach()
             total = total + coefficient * loss
         return MoEAuxLossAutoScaler.apply(probs_TE, total * self._per_token_factor(tokens))
 
     def _loss_over(self, kind: str, sums_NX: Tensor) -> Tensor:
-        """Mean loss of N sets of tokens, weighted by their tokens, from sums [N, 2 E + 1] of gate, routed assignments and tokens."""
-        gate_NE, routed_NE, tokens_N = sums_NX.split([self.num_experts, self.num_experts, 1], dim=1)
-        tokens_N1 = tokens_N.detach().clamp(min=1.0)
-        loss_N = balance_loss(kind, gate_NE / tokens_N1, routed_NE.detach() / (self.topk * tokens_N1))
-        return (loss_N * tokens_N1.squeeze(1)).sum() / tokens_N1.sum()
+        """Mean loss of N sets of tokens, weighted by their tokens, from sums of gate, routed assignments and tokens."""
+        gate_NE, routed_NE, tokens_N1 = sums_NX.split([self.num_experts, self.num_experts, 1], dim=1)
+        weight_N, divisor_N1 = tokens_N1.detach().squeeze(1), tokens_N1.detach().clamp(min=1.0)
+        loss_N = balance_loss(kind, gate_NE / divisor_N1, routed_NE.detach() / (self.topk * divisor_N1))
+        return (loss_N * weight_N).sum() / weight_N.sum().clamp(min=1.0)
 
     def _attach_z_loss(self, logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:
         """Add the z-loss to the training loss: the mean over this rank's tokens, of which the group's mean is taken."""
         loss = z_loss_func(logits_TE, 1.0, padding_mask=None if valid_T is None else ~valid_T)
-        self._add_to_window("z_loss", loss)
+        if self.observes != "nothing":
+            self._add_to_window("z_loss", loss)
         tokens = (logits_TE.new_full((), logits_TE.shape[0]) if valid_T is None else valid_T.sum(dtype=logits_TE.dtype)) * self.tp_cp_group.size()
         share = self.moe.z_loss_coefficient / self.tp_cp_group.size()
         return MoEAuxLossAutoScaler.apply(logits_TE, share * loss * self._per_token_factor(tokens))
@@ -324,9 +329,9 @@ class SkyworkRouter(TopKRouter):
                 "moe.adaptive.enabled=true follows the drop rate, and without moe.capacity_factor nothing is dropped; set it (1.1 is a start)",
             ),
             (
-                config.moe_pad_expert_input_to_capacity and capacity is not None and capacity * topk > experts,
+                config.moe_pad_expert_input_to_capacity and capacity is not None and capacity * topk > experts * (1 - 1e-9),
                 f"moe.capacity_factor={capacity} gives an expert more slots than there are tokens, which moe.pad_to_capacity=true cannot fill; "
-                f"use at most num_experts / topk = {moe.num_experts / moe.topk:g}",
+                f"use less than num_experts / topk = {moe.num_experts / moe.topk:g}",
             ),
         ]
         problems = [problem for wrong, problem in rules if wrong]

@@ -6,7 +6,7 @@
 * Load, from each expert's share of the routed assignments: largest over mean, coefficient of variation, percentiles, and experts that get
   almost nothing.
 
-All of it works on the device and waits for nothing. Shapes: T tokens, E experts, L layers.
+What is counted in every forward pass works on the device and waits for nothing; `summarize_load` is for records. Shapes: T tokens, E experts, L layers.
 """
 
 from __future__ import annotations

@@ -79,6 +79,17 @@ def observe(routers: Sequence[SkyworkRouter], *, health: bool) -> None:
         router.observes = "health" if health else "drops" if router.moe.adaptive.enabled or hasattr(router, "batch_means") else "nothing"
 
 
+def expert_biases(routers: Sequence[SkyworkRouter]) -> list[Tensor]:
+    """Copies of the biases that megatron-core moves while it reduces gradients; empty without the option."""
+    return [router.expert_bias.clone() for router in routers if router.enable_expert_bias]
+
+
+def restore_expert_biases(routers: Sequence[SkyworkRouter], biases: Sequence[Tensor]) -> None:
+    """Put copies back: a step that is refused leaves no trace, and its routing may have been nonsense."""
+    if biases:
+        torch._foreach_copy_([router.expert_bias for router in routers if router.enable_expert_bias], list(biases))
+
+
 @torch.no_grad()
 def update_coefficients(routers: Sequence[SkyworkRouter], group: ProcessGroup | None, *, skipped: bool) -> RouterSummary:
     """Close the step: reduce the windows, move the coefficients that adapt, clear the windows. Call once per optimizer step, after it.

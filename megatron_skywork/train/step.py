@@ -22,7 +22,15 @@ from torch import Tensor
 from megatron_skywork import device, parallel
 from megatron_skywork.config.schema import Config
 from megatron_skywork.metrics.throughput import PhaseTimer
-from megatron_skywork.moe.router_state import RouterSummary, find_routers, observe, schedule_coefficients, update_coefficients
+from megatron_skywork.moe.router_state import (
+    RouterSummary,
+    expert_biases,
+    find_routers,
+    observe,
+    restore_expert_biases,
+    schedule_coefficients,
+    update_coefficients,
+)
 from megatron_skywork.optim import guarded_step, learning_rate, set_rates
 
 Batch = dict[str, Tensor]
@@ -67,11 +75,14 @@ class TrainStep:
                 chunk.zero_grad_buffer()
             self._optimizer.zero_grad()
             schedule_coefficients(self._routers, step)
+            biases = expert_biases(self._routers)
             loss_sum, num_tokens = run_schedule(self._config, self._chunks, batches, forward_only=False)
         with self._timer.phase("optimizer"):
             rate = learning_rate(step, self._config.optim, self._config.train.steps)
             set_rates(self._optimizer, rate, self._config.optim.weight_decay)
             applied, grad_norm = guarded_step(self._optimizer)
+            if not applied:
+                restore_expert_biases(self._routers, biases)
             routers = update_coefficients(self._routers, parallel.token_group(), skipped=not applied)
         return StepResult(loss_sum, num_tokens, grad_norm, rate, applied, routers)
 

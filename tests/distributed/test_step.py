@@ -114,3 +114,18 @@ def test_a_dense_model_and_tied_embeddings_over_stages(ranks: RankPool, tmp_path
         expected = [record["loss"] for record in records(tmp_path / name / "1")]
         for layout in ("pp2", "tp2-pp2"):
             assert [record["loss"] for record in records(tmp_path / name / layout)] == pytest.approx(expected, rel=1e-5), (name, layout)
+
+
+def test_the_loss_scale_of_fp16_reaches_the_routers_losses(ranks: RankPool, tmp_path: Path) -> None:
+    """With coefficients so large that they make most of the gradient, fp16's first step has fp32's gradient norm."""
+    heavy = {"moe": {"aux_coefficient": 5.0, "z_loss_coefficient": 0.5, "aux_loss": "switch"}, "train": {"stop_at_step": 1}}
+    norms = {}
+    for precision in ("fp32", "fp16"):
+        settings = merged(BASE, heavy, {"run_dir": str(tmp_path / precision), "parallel": {"tp": 2, "ep": 2}, "train": {"precision": precision}})
+        ranks.run(2, train, settings)
+        first = records(tmp_path / precision)[0]
+        assert not first["skipped"]
+        norms[precision] = first["grad_norm"]
+    ranks.run(2, train, merged(BASE, heavy, {"run_dir": str(tmp_path / "light"), "moe": {"aux_coefficient": 0.0, "z_loss_coefficient": 0.0}}))
+    assert norms["fp32"] > 3 * records(tmp_path / "light")[0]["grad_norm"], "the routers' losses must make most of it"
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)

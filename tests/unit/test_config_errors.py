@@ -38,7 +38,7 @@ RIGHT = [
     "moe.gate_norm=false moe.num_experts=2",
     "moe.capacity_scope=rank",
     "moe.eval_capacity_factor=1.0",
-    "moe.pad_to_capacity=true moe.capacity_factor=2.0",
+    "moe.pad_to_capacity=true moe.capacity_factor=1.999",
     "moe.pad_to_capacity=true moe.capacity_factor=1.1 moe.capacity_scope=rank parallel.tp=2",
     "moe.aux_coefficient=[0.1,0.2] moe.layers=[3,1] moe.extra_aux_losses=[{loss: report, coefficient: [1.0,2.0]}]",
     "moe.aux_schedule=[{step: 0, factor: 1.0},{step: 10, factor: 0.0}]",
@@ -191,7 +191,7 @@ WRONG = [
     ("megatron.moe_router_fusion=true model.backend=torch", None, "megatron.moe_router_fusion=true", "set model.backend=te"),
     ("megatron.moe_router_fusion=true megatron.moe_enable_routing_replay=true", None, "megatron.moe_router_fusion=true", "leave one of them out"),
     # routing: capacity and auxiliary losses
-    ("moe.pad_to_capacity=true moe.capacity_factor=2.1", None, "moe.capacity_factor=2.1", "at most num_experts / topk = 2"),
+    ("moe.pad_to_capacity=true moe.capacity_factor=2.1", None, "moe.capacity_factor=2.1", "for instance 1.999"),
     ("moe.pad_to_capacity=true moe.capacity_factor=1.1 parallel.tp=2", None, "moe.capacity_scope=micro_batch lets", "parallel.tp=2 ranks"),
     ("moe.pad_to_capacity=true moe.capacity_factor=1.1 parallel.cp=2 model.backend=te", 2, "moe.capacity_scope=micro_batch", "parallel.cp=2 ranks"),
     ("moe.aux_coefficient=[0.1,0.2]", None, "moe.aux_coefficient=[0.1, 0.2] has 2 numbers, and there are 4 MoE layers", "a single number for all"),
