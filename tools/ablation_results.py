@@ -54,7 +54,9 @@ PER_LAYER = ("drop_rate", "coefficient", "max1_over_max2", "max2_over_max3", "lo
 
 
 def read_records(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Step records and evaluations of a run, in order; a step done twice counts as done last.
+    """Step records and evaluations of a run, in order; a step done twice counts as done last, an evaluation as done first.
+
+    The second evaluation of a step compares the routing with the first one's, or with none after a resume: it knows nothing of what changed since.
 
     Raises:
         DataError: no step is recorded.
@@ -65,9 +67,10 @@ def read_records(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     if path.is_file():
         with path.open("rb") as file:
             for record in filter(None, map(parse_line, file)):
-                kept = {"step": steps, "eval": evaluations}.get(record.get("kind", ""))
-                if kept is not None:
-                    kept[record["step"]] = record
+                if record.get("kind") == "step":
+                    steps[record["step"]] = record
+                elif record.get("kind") == "eval":
+                    evaluations.setdefault(record["step"], record)
     if not steps:
         raise DataError(f"{path}: no step is recorded there")
     return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]

@@ -141,7 +141,8 @@ class _LoadColumns:
 
 
 class RouterReader:
-    """Takes the router part of step and evaluation records one by one. A step that was recorded twice counts as the later record says."""
+    """Takes the router part of step and evaluation records one by one. A step that was recorded twice counts as the later record says, an
+    evaluation as the earlier."""
 
     def __init__(self) -> None:
         self._evaluations: dict[int, tuple[list[int], np.ndarray]] = {}
@@ -176,6 +177,8 @@ class RouterReader:
             self._extra.setdefault(name, {})[step] = self._row(values)
 
     def take_evaluation(self, step: int, router: Mapping[str, Any]) -> None:
+        if step in self._evaluations:  # compared with the first one's routing, or after a resume with none: it knows nothing of what changed since
+            return
         layers = list(router.get("layers") or [])
         self._evaluations[step] = layers, np.stack([_row(router.get(name), len(layers)) for name in _EVALUATED])
 

@@ -21,7 +21,7 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
         training.evaluate()
 
     stopped_by = None
-    saved_step = training.state.step
+    saved_step, evaluated_step = training.state.step, None
     while not training.is_finished and stopped_by is None:
         result = training.train_one_step()
         training.log(result)
@@ -29,13 +29,14 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
 
         if training.is_due(settings.eval_every):
             training.evaluate()
+            evaluated_step = training.state.step
         if training.is_due(saves.every):
             training.save()
             saved_step = training.state.step
         # A signal that comes with the last step has nothing left to stop; asked to start again, a scheduler would repeat what is done.
         stopped_by = None if training.is_finished else stop_request.agreed()
 
-    if training.is_whole and settings.eval_at_end:
+    if training.is_whole and settings.eval_at_end and evaluated_step != training.state.step:
         training.evaluate()
     must_save = saves.save_at_end if training.is_whole else True
     if must_save and saved_step != training.state.step:

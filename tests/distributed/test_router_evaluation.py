@@ -11,7 +11,10 @@ from ranks import RankPool
 from training_bodies import BASE, merged, records, release, save_initial, train
 
 # The auxiliary loss is taken over sequences: the layouts below split a step into different micro-batches.
-EVERY_STEP = {"train": {"steps": 3, "eval_every": 1, "eval_at_start": True, "eval_samples": 6}, "optim": {"lr": 1e-2}, "moe": {"aux_scope": "sequence"}}
+EVERY_STEP = {
+    "train": {"steps": 3, "eval_every": 1, "eval_at_end": True, "eval_at_start": True, "eval_samples": 6},
+    "optim": {"lr": 1e-2}, "moe": {"aux_scope": "sequence"},
+}  # fmt: skip
 # (ranks, layout, rows of a micro-batch): on all data-parallel ranks together the probe is samples 0 and 1.
 LAYOUTS = {
     "one rank": (1, {}, 2),

@@ -153,3 +153,12 @@ def test_a_heatmap_has_few_columns_that_cover_all_steps():
     edges, means = binned(steps, np.stack([steps, np.full(1000, math.nan)], axis=1).astype(float))
     assert len(edges) == len(means) + 1 <= 121 and edges[0] == 5 and edges[-1] == 10_005
     assert np.all(np.diff(edges) > 0) and np.average(means[:, 0], weights=np.diff(edges)) == pytest.approx(steps.mean()) and np.isnan(means[:, 1]).all()
+
+
+def test_an_evaluation_recorded_twice_counts_as_first_recorded(tmp_path: Path):
+    """The second one's probe was compared with the first one's, a moment before."""
+    evaluations = [{"kind": "eval", "step": 2, "losses": {}, "router": {"layers": [1, 3], "changed_experts": changed, "expert_similarity": [0.5, 0.5]}}
+                   for changed in ([0.25, 0.5], [0.0, 0.0])]  # fmt: skip
+    run = load_run(write_run(tmp_path, [step_record(1), step_record(2), *evaluations]))
+    assert run.router is not None and run.router.evaluations is not None
+    assert run.router.evaluations.changed_VL.tolist() == [[0.25, 0.5]]
