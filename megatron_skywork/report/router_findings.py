@@ -143,7 +143,8 @@ def _response(run: Run, router: Router, layer: int) -> str:
     led = f"{sensitivity:g} x {wording.percent(drop)}"
     how = f"the maximum, where {led} would be {sensitivity * drop:.4f}" if target == maximum else led
     if abs(end - target) <= _ARRIVED * target:
-        return f"{text}: it is at {how}." if target == maximum else f"{text} and has arrived where its drop rate leads it, at {target:.4f} ({how})."
+        place = "at" if end > 0.98 * maximum else "near"
+        return f"{text}: it is {place} {how}." if target == maximum else f"{text} and has arrived where its drop rate leads it, at {target:.4f} ({how})."
     return f"{text} and is still on its way {'down' if end > target else 'up'} to {target:.4f} ({how})."
 
 

@@ -22,6 +22,7 @@ from megatron_skywork.report.load import Run
 # What may differ between runs of one variant.
 SEED, FOLDER = "train.seed", "run_dir"
 _NAMES_THAT_SAY_NOTHING = {"run", "train", "default", "output"}
+_SEED = re.compile(r"seed[_-]?\d+")
 Series = tuple[np.ndarray, np.ndarray]
 """Steps and values, [S] each."""
 
@@ -66,7 +67,8 @@ class Variant:
 def run_names(folders: Sequence[str | Path]) -> list[str]:
     """The folders' names; with as many folders above as it takes to tell them apart, or to say something; then a number."""
     paths = [Path(folder).resolve() for folder in folders]
-    lengths = [2 if path.name in _NAMES_THAT_SAY_NOTHING else 1 for path in paths]
+    alone = len(paths) == 1
+    lengths = [2 if path.name in _NAMES_THAT_SAY_NOTHING or (alone and _SEED.fullmatch(path.name)) else 1 for path in paths]
     names: list[str] = []
     for _ in range(max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[1:][-length:]) for path, length in zip(paths, lengths, strict=True)]

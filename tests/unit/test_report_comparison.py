@@ -222,3 +222,7 @@ def test_every_picture_says_its_numbers_in_words(tmp_path: Path):
     described = {attributes["alt"]: None for tag, attributes in single.tags if tag == "img"}
     assert any(text and text.startswith("What is dropped") or text and "Drop rate: Mean over layers 2.60 %" in text for text in described)
     assert all(len(text or "") > 4 for text in described)
+
+
+def test_a_lone_seed_is_called_with_its_variant():
+    assert run_names(["runs/ablation/adaptive/seed_1"]) == ["adaptive/seed_1"]

@@ -110,6 +110,7 @@ def test_an_expert_that_came_back_is_not_dead(tmp_path: Path):
         (0.01, [0.01, 0.006], r"fell from 0\.0098 to 0\.0062 and is still on its way down to 0\.0020 \(0\.2 x 1 %\)"),
         (0.04, [0.001, 0.004], r"rose from 0\.0012 to 0\.0039 and is still on its way up to 0\.0080"),
         (0.12, [0.01, 0.01], r"stayed at 0\.0100: it is at the maximum, where 0\.2 x 12\.0 % would be 0\.0240\.$"),
+        (0.12, [0.01, 0.0094], r"fell from 0\.0100 to 0\.0094: it is near the maximum, where 0\.2 x 12\.0 % would be 0\.0240\.$"),
     ],
 )
 def test_what_the_coefficient_did_about_the_drops(tmp_path: Path, drop: float, coefficient: list[float], said: str):
