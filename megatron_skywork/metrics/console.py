@@ -101,7 +101,7 @@ class ConsoleWriter:
         if changed is not None:
             parts.append(f"experts changed {wording.percent(changed)}")
         if similarity is not None:
-            parts.append(f"similarity {similarity:.3f}")
+            parts.append(f"similarity {round(similarity, 3) + 0.0:.3f}")  # adding 0.0 takes the sign from a zero
         self._line("  ".join(parts))
 
     def event(self, record: Mapping[str, Any]) -> None:
