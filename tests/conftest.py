@@ -22,3 +22,28 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as a job of one rank, for modules of megatron-core that ask for groups."""
+    import torch
+    from megatron.core import parallel_state
+
+    store = tmp_path_factory.mktemp("rendezvous") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def plain_loss_scale() -> Iterator[None]:
+    """Auxiliary losses enter the gradient as they are, as without accumulation and fp16."""
+    import torch
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
+    yield
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None

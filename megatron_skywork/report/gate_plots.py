@@ -15,9 +15,9 @@ from megatron_skywork.metrics import wording
 from megatron_skywork.report.averages import nan_mean
 from megatron_skywork.report.finding import cosine
 from megatron_skywork.report.load import Run
-from megatron_skywork.report.router_axes import chosen_layers, draw_layers, has_band, in_words, over_time, percent
+from megatron_skywork.report.router_axes import over_time, percent
 from megatron_skywork.report.router_records import Router
-from megatron_skywork.report.style import BLUE, MUTED, WIDE_INCHES, Plot, label_steps, legend, line, name_value, panel, png
+from megatron_skywork.report.style import BLUE, MUTED, WIDE_INCHES, Plot, legend, line, name_value, panel, png
 
 
 def gate_plots(run: Run) -> list[Plot]:
@@ -64,21 +64,8 @@ def expert_plots(run: Run) -> list[Plot]:
 def _per_evaluation(router: Router, key: str, title: str, text: str, what: str, values_VL: np.ndarray, form: Callable[[float], str]) -> Plot | None:
     assert router.evaluations is not None
     known = np.isfinite(values_VL).any(axis=1)
-    if not known.any():
-        return None
     seen = replace(router, steps_S=router.evaluations.steps_V[known], window=1)
-    values_VL = values_VL[known]
-    canvas, axes = panel()
-    draw_layers(axes, seen.steps_S, values_VL, seen.layers, chosen_layers(seen, values_VL))
-    for drawn in axes.get_lines():
-        drawn.set(marker="o", markersize=2.5)
-    if form is wording.percent:
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(FuncFormatter(percent))
-    label_steps(axes, what)
-    legend(axes, columns=4)
-    text += " Grey: the range over all layers." if has_band(seen.layers, seen.steps_S) else ""
-    return Plot(key, title, text, png(canvas), shows=in_words(seen, values_VL, form))
+    return over_time(seen, key, title, text, what, values_VL[known], form, dots=True)
 
 
 def depth_plot(run: Run) -> Plot | None:

@@ -43,17 +43,21 @@ def in_words(router: Router, values_SL: np.ndarray, form: Callable[[float], str]
 
 
 def over_time(
-    router: Router, key: str, title: str, text: str, what: str, values_SL: np.ndarray, form: Callable[[float], str] = "{:.3g}".format, low: bool = False
+    router: Router, key: str, title: str, text: str, what: str, values_SL: np.ndarray, form: Callable[[float], str] = "{:.3g}".format, low: bool = False,
+    dots: bool = False,
 ) -> Plot | None:
     """Lines over the steps: the mean and a few layers, over the range of all.
 
     Args:
         low: whether the lowest layer is the one to look at; else the highest.
+        dots: whether every value is marked, where they are few.
     """
     if not np.isfinite(values_SL).any():
         return None
     canvas, axes = panel()
     draw_layers(axes, router.steps_S, values_SL, router.layers, chosen_layers(router, values_SL, low))
+    for drawn in axes.get_lines() if dots else []:
+        drawn.set(marker="o", markersize=2.5)
     if form is wording.percent:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(percent))

@@ -14,7 +14,7 @@ from megatron_skywork.errors import ConfigError
 
 device.prepare()
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
@@ -26,21 +26,7 @@ from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig  # 
 HIDDEN, EXPERTS = 16, 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank(tmp_path_factory):
-    store = tmp_path_factory.mktemp("rendezvous") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def _plain_loss_scale():
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
-    yield
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+pytestmark = pytest.mark.usefixtures("one_rank", "plain_loss_scale")
 
 
 def _config(moe: Moe, **overrides) -> SkyworkTransformerConfig:

@@ -14,10 +14,10 @@ from megatron_skywork.errors import ConfigError
 
 device.prepare()
 
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.distributed import finalize_model_grads  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection, topk_routing_with_score_function  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection, topk_routing_with_score_function  # noqa: E402
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction  # noqa: E402
 
 from megatron_skywork.moe.router import SkyworkRouter  # noqa: E402
@@ -28,21 +28,12 @@ HIDDEN, EXPERTS, TOKENS, BATCH = 16, 8, 24, 2
 BIASED = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.01}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_rank(tmp_path_factory):
-    store = tmp_path_factory.mktemp("rendezvous") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank", "plain_loss_scale")
 
 
 @pytest.fixture(autouse=True)
-def _plain_loss_scale():
-    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
+def _no_replays():
     yield
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     RouterReplay.clear_global_router_replay_instances()
 
 
