@@ -51,6 +51,8 @@ class Model(Section):
     vocab_divisible_by: Positive = Field(128, description="The embedding is padded to a multiple of this; it does not depend on the layout.")
     max_position_embeddings: Positive = Field(4096, description="Longest sequence the model is meant for.")
     rope_theta: float = Field(10000.0, gt=0, description="Base of the rotary position embedding.")
+    rope_scaling_factor: float | None = Field(
+        None, gt=1, description="Llama 3.1's scaling of the rotary frequencies by this factor (its other constants are fixed: low 1, high 4, 8192 original positions); unset means none.")
     norm_epsilon: float = Field(1e-6, gt=0, description="Epsilon of every RMSNorm.")
     tie_embeddings: bool = Field(False, description="Use the input embedding as the output layer.")
     qkv_bias: bool = Field(False, description="Bias on query, key and value projections (Qwen2).")
@@ -118,6 +120,8 @@ class Moe(Section):
     ffn_hidden_size: Positive | None = Field(None, description="Inner width of one expert; unset means model.ffn_hidden_size.")
     layers: list[NonNegative] | None = Field(None, description="Indices (from 0) of the MoE layers; unset means all. The others are dense.")
     shared_expert_ffn_hidden_size: Positive | None = Field(None, description="Inner width of an expert that sees every token; unset means none.")
+    shared_expert_gate: bool = Field(False, description="Multiply the shared expert's output by the sigmoid of a learned projection of the token (Qwen2-MoE).")
+    pre_softmax: bool = Field(False, description="Softmax over all experts before the top-k, the chosen probabilities left as they are (Qwen2-MoE); off: they are made to sum to 1.")
     gate_norm: bool = Field(True, description="Gate-logit normalization (report, section 4.1).")
     gate_norm_scale: float = Field(1.0, gt=0, description="lambda of the report: standard deviation of the normalized logits.")
     gate_norm_epsilon: float = Field(1e-6, gt=0, description="Added to the variance under the root, so that equal logits give a uniform gate instead of NaN.")
@@ -142,6 +146,9 @@ class Moe(Section):
     def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.topk > self.num_experts:
             yield ("topk", "num_experts"), f"topk={self.topk} is above num_experts={self.num_experts}; use topk <= {self.num_experts}"
+        if self.shared_expert_gate and self.shared_expert_ffn_hidden_size is None:
+            yield ("shared_expert_gate", "shared_expert_ffn_hidden_size"), (
+                "shared_expert_gate=true gates a shared expert, and there is none; set shared_expert_ffn_hidden_size, or shared_expert_gate=false")
         if self.adaptive.enabled and self.capacity_factor is None:
             yield ("adaptive", "capacity_factor"), (
                 "adaptive.enabled=true follows the drop rate, and without capacity_factor nothing is dropped; set capacity_factor (1.1 is a start) or adaptive.enabled=false")
