@@ -1,6 +1,12 @@
-"""Reads a Hugging Face `config.json` into our Model and Moe sections, and writes one for our sections.
+"""Reads a Hugging Face `config.json` into our Model and Moe sections, and says which family can hold a model of ours.
 
 A setting of the source that our model cannot honour is an error: a converter that drops it would give a model that computes something else.
+
+How a family weighs the chosen experts, p being the softmax over all of them:
+
+    chosen p as they are      moe.pre_softmax=true, or topk 1      qwen*_moe with norm_topk_prob=false, skywork_moe with top-1 or moe_pre_softmax
+    made to sum to 1          moe.pre_softmax=false, topk > 1      mixtral, qwen*_moe with norm_topk_prob=true, skywork_moe
+    always 1                  no setting of ours                   mixtral or norm_topk_prob=true with top-1; such a router cannot learn
 """
 
 from __future__ import annotations
@@ -11,18 +17,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_skywork.config.schema import Model, Moe
+from megatron_skywork.convert.config_json import ARCHITECTURES, LLAMA3_ROPE, write_config
 from megatron_skywork.convert.table import moe_layers
 from megatron_skywork.errors import CheckpointError
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "skywork")
-SPARSE = ("skywork_moe", "mixtral")
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "mixtral": "MixtralForCausalLM", "skywork_moe": "SkyworkForCausalLM",
-}  # fmt: skip
+SPARSE = ("skywork_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 # Families for which an absent num_key_value_heads means one per query head, and an absent rope_theta means 10000.
 _OLD = ("llama", "skywork", "skywork_moe")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+__all__ = ["ARCHITECTURES", "DENSE", "SPARSE", "Description", "choose_family", "read_config", "same_model", "why_not", "write_config"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class Description:
     moe: Moe | None
     token_ids: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def naming(self) -> str:
+        """Whose names the tensors have, a key of `table.NAMINGS`; for a dense model any of them."""
+        return self.family if self.moe is not None else "skywork_moe"
 
 
 class _Keys:
@@ -68,6 +78,7 @@ def read_config(config: dict[str, Any], where: str = "config.json") -> Descripti
     family = _family(config, where)
     keys = _Keys(config)
     notes: list[str] = []
+    theta, scaling = _rope(keys, family)
     model = dict(
         num_layers=keys.need("num_hidden_layers"),
         hidden_size=keys.need("hidden_size"),
@@ -75,11 +86,12 @@ def read_config(config: dict[str, Any], where: str = "config.json") -> Descripti
         num_attention_heads=keys.need("num_attention_heads"),
         vocab_size=keys.need("vocab_size"),
         max_position_embeddings=_positions(keys, family, notes),
-        rope_theta=float(_rope_theta(keys, family)),
+        rope_theta=theta,
+        rope_scaling_factor=scaling,
         norm_epsilon=float(keys.need("rms_norm_eps")),
         tie_embeddings=bool(keys.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2" or (family == "skywork_moe" and bool(keys.get("qkv_bias", False))),
-        qk_norm=family == "qwen3" or (family == "skywork_moe" and bool(keys.get("qk_norm", False))),
+        qkv_bias=family == "qwen2" or (family in ("skywork_moe", "qwen2_moe") and bool(keys.get("qkv_bias", family == "qwen2_moe"))),
+        qk_norm=family in ("qwen3", "qwen3_moe") or (family == "skywork_moe" and bool(keys.get("qk_norm", False))),
         init_std=float(keys.get("model_init_std", keys.get("initializer_range", 0.02))) or 0.02,
     )
     groups = keys.get("num_key_value_heads", model["num_attention_heads"]) if family in _OLD else keys.need("num_key_value_heads")
@@ -117,17 +129,39 @@ def _expert_count(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _rope_theta(keys: _Keys, family: str) -> float:
-    """transformers 5 keeps `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
-    rope = {**(keys.config.get("rope_scaling") or {}), **(keys.config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in (None, "default"):
-        keys.problems.append(f"rope type {kind!r}: only plain rotary positions are supported")
+def _rope(keys: _Keys, family: str) -> tuple[float, float | None]:
+    """Base and Llama 3.1's scaling factor. transformers 5 keeps `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
+    old, new = (dict(keys.config.get(name) or {}) for name in ("rope_scaling", "rope_parameters"))
+    for rope in (old, new):
+        if "type" in rope:
+            rope.setdefault("rope_type", rope.pop("type"))
+    differing = sorted(name for name in set(old) & set(new) if old[name] != new[name])
+    if differing:
+        keys.problems.append(f"rope_scaling and rope_parameters disagree on {', '.join(differing)}; remove the one that is wrong")
+    rope = {**old, **new}
+    kind, scaling = rope.get("rope_type") or "default", None
+    if any(isinstance(value, dict) for value in rope.values()):
+        keys.problems.append(f"rope_parameters={rope!r}: layers with different rotary positions are not supported")
+    elif kind == "llama3":
+        scaling = _llama3_factor(keys, rope)
+    elif kind != "default":
+        keys.problems.append(f"rope type {kind!r}: only plain rotary positions and Llama 3.1's (llama3) are supported")
     if rope.get("partial_rotary_factor", keys.config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         keys.problems.append("partial_rotary_factor: only full rotary positions are supported")
-    if rope.get("rope_theta"):
-        return rope["rope_theta"]
-    return keys.get("rope_theta", 10000.0) if family in _OLD else keys.need("rope_theta")
+    keys.refuse("rope_interleaved", (False,), "only the half-rotation form of rotary positions is supported")
+    theta = rope.get("rope_theta") or (keys.get("rope_theta", 10000.0) if family in _OLD else keys.need("rope_theta"))
+    return float(theta), scaling
+
+
+def _llama3_factor(keys: _Keys, rope: dict[str, Any]) -> float | None:
+    found = {name: rope.get(name) for name in LLAMA3_ROPE}
+    factor = rope.get("factor")
+    if found != LLAMA3_ROPE or not isinstance(factor, int | float) or factor < 1:
+        wanted = ", ".join(f"{name}={value:g}" for name, value in LLAMA3_ROPE.items())
+        keys.problems.append(f"rope type 'llama3' with {', '.join(f'{name}={value}' for name, value in {'factor': factor, **found}.items())}: "
+                             f"only {wanted} and a factor of 1 or more are supported")  # fmt: skip
+        return None
+    return float(factor) if factor > 1 else None
 
 
 def _positions(keys: _Keys, family: str, notes: list[str]) -> int:
@@ -159,6 +193,31 @@ def _moe(keys: _Keys, family: str) -> dict[str, Any]:
     if family == "mixtral":
         keys.refuse("num_experts_per_tok", tuple(range(2, 1024)), "Mixtral gives a single expert the weight 1, here it keeps its probability")
         return dict(num_experts=keys.need("num_local_experts"), topk=keys.get("num_experts_per_tok", 2), gate_norm=False)
+    return _skywork_moe(keys) if family == "skywork_moe" else _qwen_moe(keys, family)
+
+
+def _qwen_moe(keys: _Keys, family: str) -> dict[str, Any]:
+    # transformers 5 writes num_experts of some families as num_local_experts.
+    experts = keys.get("num_local_experts", None) or keys.need("num_experts")
+    topk, normalized = keys.need("num_experts_per_tok"), bool(keys.get("norm_topk_prob", False))
+    if topk == 1 and normalized:
+        keys.problems.append("num_experts_per_tok=1 with norm_topk_prob=true: the single expert gets the weight 1, here it keeps its probability")
+    moe: dict[str, Any] = dict(num_experts=experts, topk=topk, gate_norm=False, pre_softmax=topk > 1 and not normalized)
+    width = keys.need("moe_intermediate_size")
+    if width != keys.config.get("intermediate_size"):
+        moe["ffn_hidden_size"] = width
+    if family == "qwen2_moe":
+        moe |= dict(shared_expert_ffn_hidden_size=keys.need("shared_expert_intermediate_size"), shared_expert_gate=True)
+    count, step, dense = keys.config.get("num_hidden_layers") or 0, keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
+    layers = [layer for layer in range(count) if layer not in dense and step > 0 and (layer + 1) % step == 0]
+    if count and not layers:
+        keys.problems.append(f"decoder_sparse_step={step}, mlp_only_layers={dense!r}: no layer is left a mixture of experts")
+    if len(layers) < count:
+        moe["layers"] = layers
+    return moe
+
+
+def _skywork_moe(keys: _Keys) -> dict[str, Any]:
     experts = keys.need("num_experts")
     counts = experts if isinstance(experts, list) else [experts]
     if len(set(counts)) != 1:
@@ -175,109 +234,91 @@ def _moe(keys: _Keys, family: str) -> dict[str, Any]:
         ("layers", "moe_layer_indices"),
         ("shared_expert_ffn_hidden_size", "shared_expert_intermediate_size"),
         ("ffn_hidden_size", "moe_intermediate_size"),
+        ("shared_expert_gate", "shared_expert_gate"),
+        ("pre_softmax", "moe_pre_softmax"),
     ):
         if keys.config.get(theirs) is not None:
             moe[ours] = keys.config[theirs]
     return moe
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------------------------------------------ choosing
 
 
 def choose_family(model: Model, moe: Moe | None, wanted: str = "auto") -> str:
     """The Hugging Face model type for a model of ours.
 
     Raises:
-        CheckpointError: the wanted one cannot express the model; the reasons are listed.
+        CheckpointError: the wanted one cannot express the model; the reasons are listed, and the formats that can.
     """
     family = wanted
     if wanted == "auto":
         family = "skywork_moe" if moe is not None else "qwen3" if model.qk_norm else "qwen2" if model.qkv_bias else "llama"
-    problems = []
     if family not in ARCHITECTURES:
         raise CheckpointError(f"format {family!r}: not known; use auto, {', '.join(sorted(ARCHITECTURES))}")
-    if (moe is not None) != (family in SPARSE):
-        problems.append("it is a mixture of experts" if moe is not None else "it is dense")
-    if family != "skywork_moe" and model.qkv_bias != (family == "qwen2"):
-        problems.append(f"model.qkv_bias is {str(model.qkv_bias).lower()}")
-    if family != "skywork_moe" and model.qk_norm != (family == "qwen3"):
-        problems.append(f"model.qk_norm is {str(model.qk_norm).lower()}")
-    if moe is not None and family == "mixtral":
-        if moe.topk == 1:
-            problems.append("moe.topk is 1 (Mixtral would give the expert the weight 1)")
-        if moe.gate_norm:
-            problems.append("moe.gate_norm is true (Mixtral's gate is plain)")
-        if len(moe_layers(model, moe)) != model.num_layers:
-            problems.append("some layers are dense")
-        if moe.shared_expert_ffn_hidden_size is not None:
-            problems.append("it has a shared expert")
+    problems = why_not(family, model, moe)
     if problems:
-        raise CheckpointError(f"the {family} format cannot hold this model: {'; '.join(problems)}")
+        able = [name for name in ARCHITECTURES if not why_not(name, model, moe)]
+        advice = f"use {' or '.join(able)}" if able else "no format can"
+        raise CheckpointError(f"the {family} format cannot hold this model: {'; '.join(problems)}; {advice}")
     return family
 
 
-def write_config(model: Model, moe: Moe | None, family: str, dtype: str, token_ids: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The Hugging Face config of a model of ours; `dtype` as torch names it without `torch.`."""
-    experts_width = model.ffn_hidden_size if moe is None or moe.ffn_hidden_size is None else moe.ffn_hidden_size
-    config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
-        "model_type": family,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": experts_width if family == "mixtral" else model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.resolved_query_groups,
-        "head_dim": model.resolved_head_dim,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-        "rms_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": model.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "initializer_range": model.init_std if moe is None or family == "mixtral" else moe.router_init_std,
-        "use_cache": True,
-        # transformers before 4.56 reads torch_dtype, later ones dtype.
-        "torch_dtype": dtype,
-        "dtype": dtype,
-        **(token_ids or {}),
-    }
-    if family in ("mistral", "mixtral", "skywork_moe"):
-        config["sliding_window"] = None
-    if family in ("llama", "qwen3"):
-        config["attention_bias"] = False
-    if family == "llama":
-        config["mlp_bias"] = False
-    if family == "mixtral" and moe is not None:
-        config |= {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.topk, "output_router_logits": False, "router_aux_loss_coef": 0.0}
-    if family == "skywork_moe" and moe is not None:
-        config |= _skywork_moe_keys(model, moe)
-    return config
+def why_not(family: str, model: Model, moe: Moe | None) -> list[str]:
+    """Reasons for which a family cannot express a model of ours; none if it can."""
+    problems = []
+    if (moe is not None) != (family in SPARSE):
+        problems.append("it is a mixture of experts" if moe is not None else "it is dense")
+    # These two families say it in their config.json; every other has it or has not.
+    if family not in ("skywork_moe", "qwen2_moe") and model.qkv_bias != (family == "qwen2"):
+        problems.append(f"model.qkv_bias is {str(model.qkv_bias).lower()}")
+    if family != "skywork_moe" and model.qk_norm != (family in ("qwen3", "qwen3_moe")):
+        problems.append(f"model.qk_norm is {str(model.qk_norm).lower()}")
+    if family == "llama" and model.hidden_size % model.num_attention_heads:
+        problems.append(f"model.num_attention_heads={model.num_attention_heads} does not divide model.hidden_size={model.hidden_size}, which LlamaConfig refuses")
+    if moe is not None and family in SPARSE and family != "skywork_moe":
+        problems += _limits_of_mixtures(family, model, moe)
+    return problems
 
 
-def _skywork_moe_keys(model: Model, moe: Moe) -> dict[str, Any]:
-    """The released model's keys, then the ones it fixes in code and a general model needs."""
-    keys: dict[str, Any] = {
-        "auto_map": {"AutoConfig": "configuration_skywork_moe.SkyworkMoeConfig", "AutoModelForCausalLM": "modeling_skywork_moe.SkyworkForCausalLM"},
-        "num_experts": [moe.num_experts],
-        "moe_expert_interval": 1,
-        "moe_use_skywork_gating": False,
-        "moe_2layer_gate": False,
-        "moe_use_logits_norm": moe.gate_norm,
-        "moe_gate_norm_std": moe.gate_norm_scale,
-        "moe_feature_no_mul_topk": True,
-        "num_experts_per_tok": moe.topk,
-        "moe_gate_norm_eps": moe.gate_norm_epsilon,
-        "moe_gate_norm_unbiased": moe.gate_norm_unbiased,
-        "qkv_bias": model.qkv_bias,
-        "qk_norm": model.qk_norm,
-        "model_init_std": model.init_std,
-    }
-    if moe.ffn_hidden_size is not None:
-        keys["moe_intermediate_size"] = moe.ffn_hidden_size
-    if len(moe_layers(model, moe)) != model.num_layers:
-        keys["moe_layer_indices"] = sorted(moe_layers(model, moe))
-    if moe.shared_expert_ffn_hidden_size is not None:
-        keys["shared_expert_intermediate_size"] = moe.shared_expert_ffn_hidden_size
-    return keys
+def _limits_of_mixtures(family: str, model: Model, moe: Moe) -> list[str]:
+    problems = []
+    if moe.gate_norm:
+        problems.append("moe.gate_norm is true (its gate is plain)")
+    if family == "mixtral" and moe.topk == 1:
+        problems.append("moe.topk is 1 (Mixtral would give the expert the weight 1)")
+    elif family == "mixtral" and moe.pre_softmax:
+        problems.append("moe.pre_softmax is true (Mixtral makes the chosen weights sum to 1)")
+    if family == "mixtral" and len(moe_layers(model, moe)) != model.num_layers:
+        problems.append("some layers are dense")
+    if family != "qwen2_moe" and moe.shared_expert_ffn_hidden_size is not None:
+        problems.append("it has a shared expert")
+    if family == "qwen2_moe" and moe.shared_expert_ffn_hidden_size is None:
+        problems.append("it has no shared expert (Qwen2-MoE always has one)")
+    elif family == "qwen2_moe" and not moe.shared_expert_gate:
+        problems.append("moe.shared_expert_gate is false (Qwen2-MoE always gates its shared expert)")
+    return problems
+
+
+def same_model(config: dict[str, Any], model: Model, moe: Moe | None) -> bool:
+    """Whether a config.json describes exactly this model: everything that decides its outputs, written one way or another."""
+    try:
+        described = read_config(config)
+    except CheckpointError:
+        return False
+    return _computes(described.model, described.moe) == _computes(model, moe)
+
+
+def _computes(model: Model, moe: Moe | None) -> dict[str, Any]:
+    """What decides a model's outputs, without what only training reads, each thing said in one way."""
+    sparse = moe_layers(model, moe)
+    names = ("num_layers", "hidden_size", "num_attention_heads", "resolved_query_groups", "resolved_head_dim", "vocab_size", "max_position_embeddings",
+             "rope_theta", "rope_scaling_factor", "norm_epsilon", "tie_embeddings", "qkv_bias", "qk_norm")  # fmt: skip
+    facts: dict[str, Any] = {name: getattr(model, name) for name in names}
+    if len(sparse) < model.num_layers:
+        facts["ffn_hidden_size"] = model.ffn_hidden_size
+    if moe is not None:
+        facts |= {name: getattr(moe, name) for name in ("num_experts", "topk", "shared_expert_ffn_hidden_size", "shared_expert_gate")}
+        facts |= {"layers": sparse, "width": moe.ffn_hidden_size or model.ffn_hidden_size, "keeps_probability": moe.pre_softmax or moe.topk == 1}
+        facts["norm"] = (moe.gate_norm_scale, moe.gate_norm_epsilon, moe.gate_norm_unbiased) if moe.gate_norm else None
+    return facts

@@ -1,8 +1,9 @@
 """The weight table: which of our tensors is made of which Hugging Face tensors, by which layout. Names only.
 
-Every conversion, in either direction, reads this one table. `{layer}` and `{expert}` stand for their numbers. A row applies where its conditions hold:
-`dense` and `moe` ask for the kind of layer; `untied`, `qkv_bias`, `qk_norm`, `shared` for a property of the model. Our names are the ones megatron-core
-gives a Transformer Engine model, whichever backend runs.
+Every conversion, in either direction, reads this one table. `{layer}` and `{expert}` stand for their numbers; `{block}`, `{gate}`, `{up}` and `{down}` for
+the words of a naming, which is all that mixtures of different families differ in. A row applies where its conditions hold: `dense` and `moe` ask for the kind
+of layer; `untied`, `qkv_bias`, `qk_norm`, `shared`, `shared_gate` for a property of the model. Our names are the ones megatron-core gives a Transformer Engine
+model, whichever backend runs.
 """
 
 from __future__ import annotations
@@ -40,15 +41,22 @@ DENSE_FFN = (
     Row(OURS + "mlp.linear_fc1.weight", (HF + "mlp.gate_proj.weight", HF + "mlp.up_proj.weight"), "fc1", ("dense",)),
     Row(OURS + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight",), "fc2", ("dense",)),
 )
-# Skywork-MoE and Mixtral use the same names: y = w2(silu(w1 x) * (w3 x)).
-BLOCK = HF + "block_sparse_moe."
+# A mixture's own words: the module, and the three matrices of a SwiGLU, y = down(silu(gate x) * (up x)).
+_BLOCK_SPARSE = {"block": "block_sparse_moe", "gate": "w1", "up": "w3", "down": "w2"}
+_QWEN = {"block": "mlp", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+NAMINGS = {"skywork_moe": _BLOCK_SPARSE, "mixtral": _BLOCK_SPARSE, "qwen2_moe": _QWEN, "qwen3_moe": _QWEN}
+
+BLOCK = HF + "{block}."
+EXPERT = BLOCK + "experts.{expert}."
+SHARED = BLOCK + "shared_expert."
 MOE_FFN = (
     Row(OURS + "pre_mlp_layernorm.weight", (HF + "post_attention_layernorm.weight",), "hidden", ("moe",)),
     Row(OURS + "mlp.router.weight", (BLOCK + "gate.weight",), "router", ("moe",)),
-    Row(OURS + "mlp.experts.experts.linear_fc1.weight", (BLOCK + "experts.{expert}.w1.weight", BLOCK + "experts.{expert}.w3.weight"), "expert_fc1", ("moe",)),
-    Row(OURS + "mlp.experts.experts.linear_fc2.weight", (BLOCK + "experts.{expert}.w2.weight",), "expert_fc2", ("moe",)),
-    Row(OURS + "mlp.shared_experts.linear_fc1.weight", (BLOCK + "shared_expert.w1.weight", BLOCK + "shared_expert.w3.weight"), "shared_fc1", ("moe", "shared")),
-    Row(OURS + "mlp.shared_experts.linear_fc2.weight", (BLOCK + "shared_expert.w2.weight",), "shared_fc2", ("moe", "shared")),
+    Row(OURS + "mlp.experts.experts.linear_fc1.weight", (EXPERT + "{gate}.weight", EXPERT + "{up}.weight"), "expert_fc1", ("moe",)),
+    Row(OURS + "mlp.experts.experts.linear_fc2.weight", (EXPERT + "{down}.weight",), "expert_fc2", ("moe",)),
+    Row(OURS + "mlp.shared_experts.linear_fc1.weight", (SHARED + "{gate}.weight", SHARED + "{up}.weight"), "shared_fc1", ("moe", "shared")),
+    Row(OURS + "mlp.shared_experts.linear_fc2.weight", (SHARED + "{down}.weight",), "shared_fc2", ("moe", "shared")),
+    Row(OURS + "mlp.shared_experts.gate_weight", (BLOCK + "shared_expert_gate.weight",), "shared_gate", ("moe", "shared_gate")),
 )
 ENDS = (
     Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab"),
@@ -86,33 +94,39 @@ def moe_layers(model: Model, moe: Moe | None) -> set[int]:
     return set(range(model.num_layers)) if moe.layers is None else set(moe.layers)
 
 
-def weights(model: Model, moe: Moe | None) -> Iterator[Weight]:
-    """Every weight of a model, in the order in which a forward pass needs them."""
+def weights(model: Model, moe: Moe | None, naming: str = "skywork_moe") -> Iterator[Weight]:
+    """Every weight of a model, in the order in which a forward pass needs them.
+
+    Args:
+        naming: whose words a mixture's tensors have, a key of `NAMINGS`; dense models have the same names in every family.
+    """
+    words = NAMINGS[naming]
     properties = {name for name, holds in _properties(model, moe).items() if holds}
     sparse = moe_layers(model, moe)
-    yield _fill(ENDS[0], model, moe, None)
+    yield _fill(ENDS[0], model, moe, None, words)
     for layer in range(model.num_layers):
         held = properties | {"moe" if layer in sparse else "dense"}
         for row in ATTENTION + DENSE_FFN + MOE_FFN:
             if held.issuperset(row.needs):
-                yield _fill(row, model, moe, layer)
+                yield _fill(row, model, moe, layer, words)
     for row in ENDS[1:]:
         if properties.issuperset(row.needs):
-            yield _fill(row, model, moe, None)
+            yield _fill(row, model, moe, None, words)
 
 
 def _properties(model: Model, moe: Moe | None) -> dict[str, bool]:
     shared = moe is not None and moe.shared_expert_ffn_hidden_size is not None
-    return {"untied": not model.tie_embeddings, "qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm, "shared": shared}
+    gated = moe is not None and moe.shared_expert_gate
+    return {"untied": not model.tie_embeddings, "qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm, "shared": shared, "shared_gate": gated}
 
 
-def _fill(row: Row, model: Model, moe: Moe | None, layer: int | None) -> Weight:
+def _fill(row: Row, model: Model, moe: Moe | None, layer: int | None, words: dict[str, str]) -> Weight:
     experts = moe.num_experts if moe is not None else 0
     ours = row.ours.format(layer=layer)
     if any("{expert}" in name for name in row.theirs):
-        theirs = tuple(name.format(layer=layer, expert=expert) for expert in range(experts) for name in row.theirs)
+        theirs = tuple(name.format(layer=layer, expert=expert, **words) for expert in range(experts) for name in row.theirs)
     else:
-        theirs = tuple(name.format(layer=layer) for name in row.theirs)
+        theirs = tuple(name.format(layer=layer, **words) for name in row.theirs)
     return Weight(ours, theirs, layout_of(row.layout, model, moe), row.layout, layer)
 
 
@@ -141,6 +155,8 @@ def layout_of(kind: str, model: Model, moe: Moe | None) -> Layout:
         return Experts(moe.num_experts, _ffn(kind, moe.ffn_hidden_size or model.ffn_hidden_size, hidden))
     if kind in ("shared_fc1", "shared_fc2") and moe.shared_expert_ffn_hidden_size:
         return _ffn(kind, moe.shared_expert_ffn_hidden_size, hidden)
+    if kind == "shared_gate":
+        return Same((1, hidden))
     raise ValueError(f"unknown layout {kind}")
 
 
