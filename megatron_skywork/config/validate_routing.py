@@ -33,7 +33,7 @@ def _two_experts(config: Config, world: int | None) -> Iterator[str]:
                "set moe.gate_norm=false, or 3 experts or more")
 
 
-@rule("moe.gate_norm", "megatron")
+@rule("moe.gate_norm", "moe.pre_softmax", "megatron")
 def _score_function(config: Config, world: int | None) -> Iterator[str]:
     if config.moe is None:
         return
@@ -43,6 +43,9 @@ def _score_function(config: Config, world: int | None) -> Iterator[str]:
     elif score == "sigmoid" and config.moe.gate_norm:
         yield ("megatron.moe_router_score_function=sigmoid judges every expert by itself, and moe.gate_norm=true sets how sharply a softmax gate "
                "tells them apart; use softmax, or set moe.gate_norm=false")
+    if score == "sigmoid" and config.moe.pre_softmax:
+        yield ("moe.pre_softmax=true is about a softmax gate, and megatron.moe_router_score_function=sigmoid makes the chosen weights sum to 1; "
+               "set moe.pre_softmax=false, or leave the score function out")
     if biased and score == "softmax":
         yield ("megatron.moe_router_enable_expert_bias=true adds its bias to sigmoid scores (megatron-core has it for no softmax gate); "
                "set megatron.moe_router_score_function=sigmoid and moe.gate_norm=false, or leave the bias out")
@@ -80,6 +83,15 @@ def _groups(config: Config, world: int | None) -> Iterator[str]:
     elif divides and chosen is not None and chosen * (experts // groups) < topk:
         yield (f"{chosen_key} leaves a token {chosen} group(s) of {experts // groups} experts, fewer than moe.topk={topk}; "
                f"use {-(-topk // (experts // groups))} groups or more, or topk up to {chosen * (experts // groups)}")
+
+
+@rule("moe.gate_norm", "moe.pre_softmax", "moe.topk", "megatron")
+def _groups_of_sums(config: Config, world: int | None) -> Iterator[str]:
+    """Sums of probabilities do not keep their order when logits are scaled, so the choice of groups would depend on moe.gate_norm_scale."""
+    chosen = passed(config, "moe_router_group_topk")
+    if config.moe is not None and config.moe.gate_norm and config.moe.pre_softmax and chosen and config.moe.topk // chosen > 1:
+        yield (f"moe.pre_softmax=true judges the groups of megatron.moe_router_group_topk={chosen} by sums of probabilities, whose order moe.gate_norm=true "
+               f"changes; set moe.pre_softmax=false or moe.gate_norm=false, or use megatron.moe_router_group_topk={config.moe.topk}")
 
 
 @rule("moe.num_experts", "megatron")
@@ -180,9 +192,8 @@ def _without_experts(config: Config, world: int | None) -> Iterator[str]:
 def _shared_expert(config: Config, world: int | None) -> Iterator[str]:
     if config.moe is None:
         return
-    for name in ("moe_shared_expert_gate", "moe_shared_expert_overlap"):
-        if passed(config, name) and config.moe.shared_expert_ffn_hidden_size is None:
-            yield f"megatron.{name}=true is about a shared expert, and there is none; set moe.shared_expert_ffn_hidden_size, or leave it out"
+    if passed(config, "moe_shared_expert_overlap") and config.moe.shared_expert_ffn_hidden_size is None:
+        yield "megatron.moe_shared_expert_overlap=true is about a shared expert, and there is none; set moe.shared_expert_ffn_hidden_size, or leave it out"
     if passed(config, "moe_shared_expert_overlap") and config.moe.shared_expert_ffn_hidden_size is not None and config.moe.dispatcher != "alltoall":
         yield (f"megatron.moe_shared_expert_overlap=true hides the all-to-all behind the shared expert; "
                f"set moe.dispatcher=alltoall (it is {config.moe.dispatcher})")

@@ -25,6 +25,10 @@ DENSE = ("llama", "mistral", "qwen2", "qwen3", "skywork")
 SPARSE = ("skywork_moe", "mixtral", "qwen2_moe", "qwen3_moe")
 # Families for which an absent num_key_value_heads means one per query head, and an absent rope_theta means 10000.
 _OLD = ("llama", "skywork", "skywork_moe")
+_WHOLE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+          "num_experts_per_tok", "decoder_sparse_step")  # fmt: skip
+_NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "model_init_std", "moe_gate_norm_std", "moe_gate_norm_eps")
+_LISTS, _OBJECTS = ("mlp_only_layers",), ("rope_scaling", "rope_parameters")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 __all__ = ["ARCHITECTURES", "DENSE", "SPARSE", "Description", "choose_family", "read_config", "same_model", "why_not", "write_config"]
@@ -76,6 +80,7 @@ def read_config(config: dict[str, Any], where: str = "config.json") -> Descripti
         CheckpointError: an unknown model type, or settings our model cannot honour; all are listed.
     """
     family = _family(config, where)
+    _check_types(config, where)
     keys = _Keys(config)
     notes: list[str] = []
     theta, scaling = _rope(keys, family)
@@ -123,6 +128,21 @@ def _family(config: dict[str, Any], where: str) -> str:
     raise CheckpointError(f"{where}: model_type={name!r} is not supported; supported are {', '.join(DENSE + SPARSE)}")
 
 
+def _check_types(config: dict[str, Any], where: str) -> None:
+    """Keys that are calculated with must hold what they are calculated as; the sections check the rest."""
+    kinds: list[tuple[str, Any, tuple[str, ...]]] = [
+        ("a whole number", int, _WHOLE), ("a number", (int, float), _NUMBERS), ("a list", list, _LISTS), ("an object", dict, _OBJECTS)
+    ]  # fmt: skip
+    wrong = [
+        f"{key}={config[key]!r}: must be {words}"
+        for words, kind, names in kinds
+        for key in names
+        if config.get(key) is not None and (not isinstance(config[key], kind) or isinstance(config[key], bool))
+    ]
+    if wrong:
+        raise CheckpointError(f"{where}: settings that make no model:\n" + "\n".join("  " + line for line in wrong))
+
+
 def _expert_count(value: Any) -> int:
     if isinstance(value, list):
         return max([item for item in value if isinstance(item, int)], default=0)
@@ -149,6 +169,8 @@ def _rope(keys: _Keys, family: str) -> tuple[float, float | None]:
     if rope.get("partial_rotary_factor", keys.config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         keys.problems.append("partial_rotary_factor: only full rotary positions are supported")
     keys.refuse("rope_interleaved", (False,), "only the half-rotation form of rotary positions is supported")
+    if not isinstance(rope.get("rope_theta", 1.0), int | float):
+        keys.problems.append(f"rope_theta={rope.pop('rope_theta')!r}: must be a number")
     theta = rope.get("rope_theta") or (keys.get("rope_theta", 10000.0) if family in _OLD else keys.need("rope_theta"))
     return float(theta), scaling
 
@@ -208,7 +230,8 @@ def _qwen_moe(keys: _Keys, family: str) -> dict[str, Any]:
         moe["ffn_hidden_size"] = width
     if family == "qwen2_moe":
         moe |= dict(shared_expert_ffn_hidden_size=keys.need("shared_expert_intermediate_size"), shared_expert_gate=True)
-    count, step, dense = keys.config.get("num_hidden_layers") or 0, keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
+    # The section refuses absurd numbers of layers; none of them becomes a list here.
+    count, step, dense = min(keys.config.get("num_hidden_layers") or 0, 10_000), keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
     layers = [layer for layer in range(count) if layer not in dense and step > 0 and (layer + 1) % step == 0]
     if count and not layers:
         keys.problems.append(f"decoder_sparse_step={step}, mlp_only_layers={dense!r}: no layer is left a mixture of experts")
@@ -275,7 +298,7 @@ def why_not(family: str, model: Model, moe: Moe | None) -> list[str]:
     if family != "skywork_moe" and model.qk_norm != (family in ("qwen3", "qwen3_moe")):
         problems.append(f"model.qk_norm is {str(model.qk_norm).lower()}")
     if family == "llama" and model.hidden_size % model.num_attention_heads:
-        problems.append(f"model.num_attention_heads={model.num_attention_heads} does not divide model.hidden_size={model.hidden_size}, which LlamaConfig refuses")
+        problems.append(f"model.num_attention_heads={model.num_attention_heads} does not divide model.hidden_size={model.hidden_size}")
     if moe is not None and family in SPARSE and family != "skywork_moe":
         problems += _limits_of_mixtures(family, model, moe)
     return problems

@@ -53,6 +53,8 @@ def _chunk(config: Config, transformer: SkyworkTransformerConfig, backend: str, 
             share_embeddings_and_output_weights=config.model.tie_embeddings,
             position_embedding_type="rope",
             rotary_base=config.model.rope_theta,
+            rope_scaling=config.model.rope_scaling_factor is not None,
+            rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
     _mark_experts(chunk)

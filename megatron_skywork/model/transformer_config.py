@@ -88,10 +88,11 @@ def _experts(config: Config, backend: str) -> dict[str, Any]:
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.topk,
         # One selected expert has softmax 1 whatever its logit; megatron-core then wants the probability over all.
-        "moe_router_pre_softmax": moe.topk == 1,
+        "moe_router_pre_softmax": moe.pre_softmax or moe.topk == 1,
         "moe_ffn_hidden_size": moe.ffn_hidden_size or config.model.ffn_hidden_size,
         "moe_layer_freq": [int(index in config.moe_layers) for index in range(config.model.num_layers)],
         "moe_shared_expert_intermediate_size": moe.shared_expert_ffn_hidden_size,
+        "moe_shared_expert_gate": moe.shared_expert_gate,
         "moe_expert_capacity_factor": moe.capacity_factor,
         "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
         "moe_token_drop_policy": moe.drop_policy,

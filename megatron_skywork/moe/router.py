@@ -1,8 +1,9 @@
 """`SkyworkRouter`: megatron-core's top-k router with the two techniques of the Skywork-MoE report, and eyes.
 
 One forward pass, in order: gate in fp32; z-loss on the raw logits (normalized ones have nearly constant norm, the loss would say nothing);
-normalization; top-k and the softmax of the selected, which for a softmax gate is "softmax over all, select, renormalize"; dropping by capacity;
-the auxiliary losses, the main one weighted by the layer's current coefficient; statistics.
+normalization; top-k and the softmax of the selected, which for a softmax gate is "softmax over all, select, renormalize", or with moe.pre_softmax the
+same without the last; dropping by capacity; the auxiliary losses, which see the softmax over all either way, the main one weighted by the layer's
+current coefficient; statistics.
 
 The coefficient is a tensor on the device, so that it can change every step without the host waiting for the device, and 0 is a coefficient like any
 other. Statistics are summed on the device into `window`, read and cleared once per optimizer step by `router_state.update_coefficients`.
@@ -301,8 +302,19 @@ class SkyworkRouter(TopKRouter):
                 "tells them apart; use softmax or moe.gate_norm=false",
             ),
             (
-                moe.gate_norm and config.moe_router_pre_softmax and topk > 1,
-                "megatron.moe_router_pre_softmax=true leaves the selected weights as they are, moe.gate_norm=true renormalizes them; drop one of the two",
+                score == "softmax" and config.moe_router_pre_softmax != (moe.pre_softmax or topk == 1),
+                f"megatron.moe_router_pre_softmax={config.moe_router_pre_softmax} contradicts moe.pre_softmax={moe.pre_softmax} with moe.topk={moe.topk}; "
+                "leave it out",
+            ),
+            (
+                score == "sigmoid" and moe.pre_softmax,
+                "megatron.moe_router_score_function=sigmoid makes the chosen weights sum to 1, and moe.pre_softmax=true leaves them as they are; "
+                "drop one of the two",
+            ),
+            (
+                moe.gate_norm and moe.pre_softmax and bool(config.moe_router_group_topk) and topk // (config.moe_router_group_topk or topk) > 1,
+                "megatron.moe_router_group_topk with moe.pre_softmax=true judges groups by sums of probabilities, whose order moe.gate_norm=true changes; "
+                "drop one of the three",
             ),
             (
                 config.moe_router_fusion and getattr(moe_utils, "fused_topk_with_score_function", None) is None,

@@ -6,7 +6,7 @@ For H hidden, V vocabulary, F feed-forward width, A = heads * head_dim, G = key/
     attention           H (A + 2 G) + A H   (+ A + 2 G with qkv_bias, + 2 head_dim with qk_norm)
     norms of a layer    2 H
     dense feed-forward  3 H F
-    MoE feed-forward    router E H + E * 3 H F_expert (+ 3 H F_shared); active: the same with K in place of E in the second term
+    MoE feed-forward    router E H + E * 3 H F_expert (+ 3 H F_shared, + H with its gate); active: the same with K in place of E in the second term
 
 The headline figures use the real vocabulary, without padding (Skywork-MoE's 146.4 B is that count); the padded total, which is what is stored and
 trained, is given beside it. Fields passed through the `megatron:` section are not looked at.
@@ -72,7 +72,8 @@ def count_parameters(config: Config) -> ParameterCount:
         components["routers"] = active["routers"] = moe_layers * moe.num_experts * hidden
         components["experts"], active["experts"] = moe_layers * moe.num_experts * expert, moe_layers * moe.topk * expert
         if moe.shared_expert_ffn_hidden_size:
-            components["shared experts"] = active["shared experts"] = moe_layers * 3 * hidden * moe.shared_expert_ffn_hidden_size
+            shared = 3 * hidden * moe.shared_expert_ffn_hidden_size + hidden * moe.shared_expert_gate
+            components["shared experts"] = active["shared experts"] = moe_layers * shared
     total = sum(components.values())
     padding = (m.padded_vocab_size - m.vocab_size) * hidden * (1 if m.tie_embeddings else 2)
     return ParameterCount(total, sum(active.values()), total + padding, components, active)
@@ -81,8 +82,8 @@ def count_parameters(config: Config) -> ParameterCount:
 def stage_parameters(config: Config) -> list[int]:
     """Parameters one rank of each pipeline stage holds, vocabulary padded; all ranks of a stage hold the same number.
 
-    Matrices are split over tp (experts over ep and etp), norms and routers are whole on every rank. A query, key and value bias is split with its matrix.
-    With tied embeddings and several stages the last one holds a copy.
+    Matrices are split over tp (experts over ep and etp), norms, routers and the shared expert's gate are whole on every rank. A query, key and value
+    bias is split with its matrix. With tied embeddings and several stages the last one holds a copy.
     """
     m, p, moe = config.model, config.parallel, config.moe
     hidden, moe_layers = m.hidden_size, set(config.moe_layers)
@@ -93,7 +94,7 @@ def stage_parameters(config: Config) -> list[int]:
     sparse = 0
     if moe is not None:
         sparse = moe.num_experts * hidden + moe.num_experts // p.ep * 3 * hidden * expert_width(config) // p.etp
-        sparse += 3 * hidden * (moe.shared_expert_ffn_hidden_size or 0) // p.tp
+        sparse += 3 * hidden * (moe.shared_expert_ffn_hidden_size or 0) // p.tp + hidden * moe.shared_expert_gate
     counts = []
     for stage, chunks in enumerate(stage_chunks(config)):
         first, last = stage == 0, stage == p.pp - 1

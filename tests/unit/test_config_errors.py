@@ -53,7 +53,11 @@ RIGHT = [
     "megatron.moe_enable_routing_replay=true",
     "megatron.moe_router_force_load_balancing=true",
     "megatron.moe_apply_probs_on_input=true moe.topk=1",
-    "megatron.moe_shared_expert_gate=true megatron.moe_shared_expert_overlap=true moe.shared_expert_ffn_hidden_size=32",
+    "moe.shared_expert_gate=true megatron.moe_shared_expert_overlap=true moe.shared_expert_ffn_hidden_size=32",
+    "moe.pre_softmax=true",
+    "moe.pre_softmax=true moe.topk=1",
+    "moe.pre_softmax=true moe.gate_norm=false megatron.moe_router_num_groups=2 megatron.moe_router_group_topk=1",
+    "moe.pre_softmax=true megatron.moe_router_num_groups=2 megatron.moe_router_group_topk=2",
 ]
 
 
@@ -173,7 +177,9 @@ WRONG = [
     ("megatron.moe_router_enable_expert_bias=true moe.gate_norm=false", None, "megatron.moe_router_enable_expert_bias=true", "score_function=sigmoid"),
     ("megatron.moe_router_bias_update_rate=0.01", None, "megatron.moe_router_bias_update_rate=0.01", "without megatron.moe_router_enable_expert_bias=true"),
     (BIASED + "megatron.moe_router_bias_update_rate=-0.01", None, "megatron.moe_router_bias_update_rate=-0.01", "above 0"),
-    ("megatron.moe_router_pre_softmax=true", None, "megatron.moe_router_pre_softmax=true", "set moe.topk"),
+    ("megatron.moe_router_pre_softmax=true", None, "megatron.moe_router_pre_softmax=true", "set moe.pre_softmax"),
+    ("moe.pre_softmax=true moe.gate_norm=false megatron.moe_router_score_function=sigmoid", None, "moe.pre_softmax=true is about a softmax", "sigmoid"),
+    ("moe.pre_softmax=true megatron.moe_router_num_groups=2 megatron.moe_router_group_topk=1", None, "moe.pre_softmax=true judges", "group_topk=2"),
     ("megatron.moe_router_dtype=fp64", None, 'megatron.moe_router_dtype="fp64"', "every model here has fp32"),
     ("megatron.moe_router_num_groups=3 megatron.moe_router_group_topk=1", None, "megatron.moe_router_num_groups=3 does not divide", "use 1, 2 or 4"),
     ("megatron.moe_router_num_groups=0 megatron.moe_router_group_topk=1", None, "megatron.moe_router_num_groups=0 does not divide", "use 1, 2 or 4"),
@@ -212,7 +218,8 @@ WRONG = [
     ("megatron.moe_per_layer_logging=true", None, "megatron.moe_per_layer_logging=true", "metrics.router=true"),
     ("megatron.moe_latent_size=16", None, "megatron.moe_latent_size=16", "the whole hidden state"),
     ("megatron.overlap_moe_expert_parallel_comm=true", None, "megatron.overlap_moe_expert_parallel_comm=true", "leave it out"),
-    ("megatron.moe_shared_expert_gate=true", None, "megatron.moe_shared_expert_gate=true", "set moe.shared_expert_ffn_hidden_size"),
+    ("megatron.moe_shared_expert_gate=true", None, "megatron.moe_shared_expert_gate=true", "set moe.shared_expert_gate"),
+    ("moe.shared_expert_gate=true", None, "moe.shared_expert_gate=true gates a shared expert", "set shared_expert_ffn_hidden_size"),
     ("megatron.moe_shared_expert_overlap=true", None, "megatron.moe_shared_expert_overlap=true", "set moe.shared_expert_ffn_hidden_size"),
     ("megatron.moe_shared_expert_overlap=true moe.shared_expert_ffn_hidden_size=32 moe.dispatcher=allgather", None, "megatron.moe_shared", "alltoall"),
     ("megatron.moe_router_padding_for_quantization=true", None, "megatron.moe_router_padding_for_quantization=true", "set megatron.fp8"),

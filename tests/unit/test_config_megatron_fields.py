@@ -83,7 +83,7 @@ def test_every_field_about_experts_is_decided_refused_or_looked_at():
     judged = {
         "moe_enable_routing_replay", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor", "moe_router_score_function",
         "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_router_force_load_balancing", "moe_router_force_biased", "moe_input_jitter_eps",
-        "moe_router_padding_for_quantization", "moe_router_padding_for_fp8", "moe_shared_expert_gate", "moe_shared_expert_overlap", "moe_permute_fusion",
+        "moe_router_padding_for_quantization", "moe_router_padding_for_fp8", "moe_shared_expert_overlap", "moe_permute_fusion",
         "moe_router_fusion", "moe_apply_probs_on_input",
     }  # fmt: skip
     free = {name for name in megatron_fields() if name.startswith("moe_") and is_free(name) and annotation_words(megatron_fields()[name])}

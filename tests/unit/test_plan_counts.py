@@ -45,6 +45,8 @@ def test_skywork_13b_has_the_published_size():
     ({"qkv_bias": True, "qk_norm": True}, None, 2 * 80 + 8 + 4 * (4 * 64 + 24 + 8 + 16 + 480), None),
     ({"head_dim": 6}, None, 2 * 80 + 8 + 4 * (4 * 96 + 16 + 480), None),
     ({}, {"num_experts": 4, "topk": 1}, 2 * 80 + 8 + 4 * (4 * 64 + 16 + 32 + 4 * 480), 2 * 80 + 8 + 4 * (4 * 64 + 16 + 32 + 480)),
+    ({}, {"num_experts": 4, "topk": 1, "shared_expert_ffn_hidden_size": 6, "shared_expert_gate": True},
+     2 * 80 + 8 + 4 * (4 * 64 + 16 + 32 + 4 * 480 + 144 + 8), 2 * 80 + 8 + 4 * (4 * 64 + 16 + 32 + 480 + 144 + 8)),
     ({}, {"num_experts": 4, "ffn_hidden_size": 10, "layers": [1, 3], "shared_expert_ffn_hidden_size": 6},
      2 * 80 + 8 + 4 * (4 * 64 + 16) + 2 * 480 + 2 * (32 + 4 * 240 + 144), 2 * 80 + 8 + 4 * (4 * 64 + 16) + 2 * 480 + 2 * (32 + 2 * 240 + 144)),
 ])
@@ -75,6 +77,9 @@ def test_ranks_together_hold_the_model():
     first = 12 * 8 // 2 + (attention + 16) + 480 // 2
     last = 12 * 8 // 2 + 8 + 3 * (attention + 16 + 32 + 2 * expert + 144 // 2)
     assert stage_parameters(split) == [first, last]
+    gated = {**moe, "shared_expert_gate": True}
+    assert stage_parameters(make(moe=gated)) == [count_parameters(make(moe=gated)).padded_total]
+    assert stage_parameters(make(moe=gated, parallel={"tp": 2, "ep": 2, "pp": 2, "layers_per_stage": [1, 3]})) == [first, last + 3 * 8]
     etp = make(moe=moe, parallel={"etp": 2})
     assert stage_parameters(one)[0] - stage_parameters(etp)[0] == 3 * 4 * expert // 2
 

@@ -51,7 +51,7 @@ def _router(seed: int = 0, overrides: dict | None = None, **moe) -> SkyworkRoute
         "moe_router_topk": skywork.topk,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
-        "moe_router_pre_softmax": skywork.topk == 1,
+        "moe_router_pre_softmax": skywork.pre_softmax or skywork.topk == 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_expert_capacity_factor": skywork.capacity_factor,
         "moe_token_drop_policy": skywork.drop_policy,
@@ -159,13 +159,76 @@ def test_normalization_does_not_change_which_groups_are_chosen(topk, num_groups,
     assert torch.equal(routing_map, free) == (group_topk in (num_groups, topk)), "groups judged by their best expert alone hold the best experts"
 
 
-def test_why_softmax_before_the_choice_is_refused_with_normalization():
+def test_why_groups_of_plain_probabilities_are_refused_with_normalization():
     """Sums of softmax scores do not keep their order when logits are scaled: the groups would depend on lambda."""
     logits = torch.tensor([[2.0, 0.0, 1.2, 1.1]])
     maps = [topk_routing_with_score_function(scale * logits, 2, use_pre_softmax=True, num_groups=2, group_topk=1)[1][0].tolist() for scale in (1.0, 0.1)]
     assert maps == [[True, True, False, False], [False, False, True, True]]
-    with pytest.raises(ConfigError, match="pre_softmax"):
-        _router(topk=2, overrides={"moe_router_pre_softmax": True})
+    with pytest.raises(ConfigError, match="group_topk.*pre_softmax.*gate_norm"):
+        _router(topk=2, pre_softmax=True, overrides={"moe_router_num_groups": 2, "moe_router_group_topk": 1})
+    _router(topk=2, pre_softmax=True, gate_norm=False, overrides={"moe_router_num_groups": 2, "moe_router_group_topk": 1})
+    _router(topk=2, pre_softmax=True, overrides={"moe_router_num_groups": 2, "moe_router_group_topk": 2})
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- probabilities as they are
+
+NORMS = [{"gate_norm": False}, {}, {"gate_norm_scale": 0.5, "gate_norm_unbiased": False, "gate_norm_epsilon": 0.25}]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("topk", [1, 2, 4, EXPERTS])
+def test_pre_softmax_keeps_the_chosen_probabilities(topk, norm):
+    router, hidden = _router(topk=topk, pre_softmax=True, aux_loss="none", **norm), _hidden().requires_grad_()
+    probs, routing_map = router(hidden)
+    raw = _raw(router, hidden)
+    if router.moe.gate_norm:
+        deviation = (raw.var(-1, keepdim=True, unbiased=router.moe.gate_norm_unbiased) + router.moe.gate_norm_epsilon).sqrt()
+        raw = router.moe.gate_norm_scale * (raw - raw.mean(-1, keepdim=True)) / deviation
+    gate = torch.softmax(raw, -1)
+    expected = gate * torch.zeros_like(gate).scatter(1, gate.topk(topk).indices, 1.0)
+    torch.testing.assert_close(probs, expected)
+    assert torch.equal(routing_map, expected > 0) and (topk == EXPERTS or bool((probs.sum(-1) < 1 - 1e-4).all()))
+    target = torch.randn(probs.shape, generator=torch.Generator().manual_seed(4))
+    ours, by_hand = (torch.autograd.grad((weights * target).sum(), [router.weight, hidden], retain_graph=True) for weights in (probs, expected))
+    for one, other in zip(ours, by_hand, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS[:2])
+@pytest.mark.parametrize("loss", ["switch", "report"])
+def test_losses_and_statistics_do_not_ask_how_weights_are_scaled(loss, norm):
+    """They look at the softmax over all experts and at the choice, which are the same; so is the number of dropped assignments, and with it the coefficient."""
+    adaptive = {"enabled": True, "momentum": 0.5, "maximum": 1.0}
+    settings = {"aux_loss": loss, "z_loss_coefficient": 0.01, "capacity_factor": 0.75, "adaptive": adaptive, **norm}
+    routers = [_router(pre_softmax=pre_softmax, **settings) for pre_softmax in (True, False)]
+    gradients = [_weight_gradient(router, _hidden()) for router in routers]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*(router.window for router in routers))
+    assert float(gradients[0].abs().max()) > 0
+    summaries = [update_coefficients([router], None, skipped=False) for router in routers]
+    assert summaries[0].drop_rate == summaries[1].drop_rate and summaries[0].drop_rate[0] > 0
+    assert routers[0].aux_coefficient == routers[1].aux_coefficient != routers[0].first_coefficient
+
+
+def test_an_overfull_expert_keeps_its_most_probable_tokens():
+    """Compared as probabilities among all experts, not as shares of the two chosen ones."""
+    router, hidden = _router(pre_softmax=True, capacity_factor=0.5, aux_loss="none"), _hidden()
+    probs, kept = router(hidden)
+    gate = torch.softmax(_normalized(router, _raw(router, hidden)), -1)
+    chosen = torch.zeros_like(gate).scatter(1, gate.topk(2).indices, 1.0).bool()
+    slots = math.ceil(0.5 * 2 * TOKENS / EXPERTS)
+    for expert in range(EXPERTS):
+        wanting = gate[:, expert].masked_fill(~chosen[:, expert], 0.0)
+        best = set(wanting.topk(slots).indices.tolist()) & set(chosen[:, expert].nonzero().flatten().tolist())
+        assert set(kept[:, expert].nonzero().flatten().tolist()) == best
+    torch.testing.assert_close(probs, gate * kept)
+
+
+def test_what_contradicts_pre_softmax_is_refused():
+    with pytest.raises(ConfigError, match="moe_router_pre_softmax=True contradicts moe.pre_softmax=False"):
+        _router(overrides={"moe_router_pre_softmax": True})
+    with pytest.raises(ConfigError, match="sigmoid.*moe.pre_softmax"):
+        _router(pre_softmax=True, gate_norm=False, overrides={"moe_router_score_function": "sigmoid"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- sigmoid, expert bias
