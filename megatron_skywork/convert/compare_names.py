@@ -19,13 +19,16 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BUFFERS = re.compile("|".join(re.escape(name).replace(re.escape("{layer}"), r"\d+") for name in HF_BUFFERS))
 
 
-def check_hf(reader: HfReader, model: Model, moe: Moe | None) -> None:
+def check_hf(reader: HfReader, model: Model, moe: Moe | None, naming: str = "skywork_moe") -> None:
     """Hugging Face tensors against the table.
+
+    Args:
+        naming: whose words a mixture's tensors have, as for `table.weights`.
 
     Raises:
         CheckpointError: with one line for each tensor that is wrong.
     """
-    expected = {name: shape for weight in weights(model, moe) for name, shape in zip(weight.theirs, weight.layout.parts, strict=True)}
+    expected = {name: shape for weight in weights(model, moe, naming) for name, shape in zip(weight.theirs, weight.layout.parts, strict=True)}
     found = {name: info for name, info in reader.tensors.items() if not _BUFFERS.fullmatch(name)}
     if model.tie_embeddings and "lm_head.weight" in found:
         _check_tied(reader)

@@ -49,7 +49,7 @@ def open_source(folder: Path | str) -> Source:
         raise CheckpointError(f"{folder}: no such folder; give a Hugging Face model folder with config.json and weights")
     description = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     reader = HfReader(folder)
-    check_hf(reader, description.model, description.moe)
+    check_hf(reader, description.model, description.moe, description.naming)
     return Source(folder, description, reader)
 
 

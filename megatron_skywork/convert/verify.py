@@ -1,114 +1,235 @@
 """The step-0 gate of upcycling: the dense model and the mixture made from it, side by side on the same tokens, layer by layer.
 
-Both are computed by `reference`, which knows neither the layouts nor the engines. An exact method must agree within the tolerance; an inexact one
-(copy with noise) is reported with its distance.
+Both are computed by `reference`, which knows neither the layouts nor the engines. An exact method (its manifest says so) must agree within the tolerance; an
+inexact one is reported with its distance. A mixture whose experts come from several dense models has no single one to be equal to: its method is inexact, and
+the distance is that from the model it is compared with.
+
+Shape letters: T tokens, H hidden, C tokens of a chunk of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from megatron_skywork.convert.checkpoint_folder import MANIFEST, check_plain, describe
+from megatron_skywork.convert.checkpoint_folder import HF_FOLDER, MANIFEST, check_plain, describe, is_ours
 from megatron_skywork.convert.compare_names import check_ours
 from megatron_skywork.convert.hf_files import read_json
 from megatron_skywork.convert.import_hf import open_source
 from megatron_skywork.convert.mcore_files import DistributedReader
-from megatron_skywork.convert.reference import Forward, HfLayers, OurLayers
+from megatron_skywork.convert.reference import Forward
+from megatron_skywork.convert.reference_weights import HfLayers, Layers, OurLayers
+from megatron_skywork.convert.sample_text import SAMPLE
 from megatron_skywork.errors import CheckpointError
 
 TOLERANCE = 1e-4
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 DEFAULT_TOKENS = 256
+GIVEN, SAMPLED, RANDOM = "given", "sample", "random tokens"
 
 
-def tokens_for(folder: Path | str, vocab_size: int, text: str | None = None, count: int = DEFAULT_TOKENS, seed: int = 0) -> list[int]:
-    """Token ids to compare on: of a text, cut to `count`, where the folder has a tokenizer.json; else random ones.
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of one sequence, and where they are from: `given`, `sample` (our text), `random tokens`."""
+
+    ids: list[int]
+    text: str
+
+
+def tokens_for(folder: Path | str, vocab_size: int, text: str | None = None, count: int = DEFAULT_TOKENS, seed: int = 0) -> Tokens:
+    """Token ids to compare on, at most `count`: of the text, of our own one where none is given, and random ones where the folder has no tokenizer.
+
+    Args:
+        folder: where tokenizer.json or tokenizer.model is, or is in its `hf/`.
 
     Raises:
-        CheckpointError: a text was given and there is no tokenizer for it.
+        CheckpointError: a text was given and there is no tokenizer for it, or the tokenizer cannot be read.
     """
-    if text is None:
-        return torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing, so text cannot be made into tokens; leave the text out to compare on random tokens")
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(path)).encode(text).ids[:count]
+    if count < 1:
+        raise CheckpointError(f"{count} tokens to compare on; at least one is needed")
+    folders = (Path(folder), Path(folder) / HF_FOLDER)
+    tokenizer = next((path for name in ("tokenizer.json", "tokenizer.model") for path in (place / name for place in folders) if path.is_file()), None)
+    if tokenizer is None:
+        if text is not None:
+            raise CheckpointError(
+                f"{folder}: has neither tokenizer.json nor tokenizer.model, so text cannot be made into tokens; leave the text out to compare on random tokens"
+            )
+        return Tokens(torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist(), RANDOM)
+    ids = _encode(tokenizer, SAMPLE if text is None else text)[:count]
     if not ids:
         raise CheckpointError("the text to compare on gives no tokens")
-    return ids
+    return Tokens(ids, SAMPLED if text is None else GIVEN)
+
+
+def _encode(tokenizer: Path, text: str) -> list[int]:
+    try:
+        if tokenizer.suffix == ".json":
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(tokenizer)).encode(text).ids
+        from sentencepiece import SentencePieceProcessor
+
+        return list(SentencePieceProcessor(model_file=str(tokenizer)).encode(text))
+    except ImportError as error:
+        raise CheckpointError(f"{tokenizer}: needs the package {error.name}; install it, or compare on tokens of your own") from error
+    except Exception as error:  # both libraries raise bare exceptions for a damaged file
+        raise CheckpointError(f"{tokenizer}: cannot be used as a tokenizer ({type(error).__name__}: {error})") from error
+
+
+def open_layers(folder: Path | str, dtype: torch.dtype) -> Layers:
+    """A folder of either kind for the yardstick, after its names and shapes were checked.
+
+    Raises:
+        CheckpointError: incomplete, damaged, not what its config says, or trained with settings the yardstick does not know.
+    """
+    if not is_ours(folder):
+        source = open_source(folder)
+        described = source.description
+        return HfLayers(source.reader, described.model, dtype, described.moe, described.naming)
+    model, moe = describe(folder)
+    check_plain(folder)
+    reader = DistributedReader(folder)
+    check_ours(reader, model, moe)
+    return OurLayers(reader, model, moe, dtype)
 
 
 @torch.no_grad()
-def compare(dense: Path | str, moe_folder: Path | str, tokens: Sequence[int], progress: TextIO | None = None, precision: str = "fp32") -> dict[str, Any]:
-    """Distance between a dense Hugging Face folder and a folder of ours.
+def compare(
+    dense: Path | str, other: Path | str, tokens: Tokens | Sequence[int] | None = None, progress: TextIO | None = None, precision: str = "fp32"
+) -> dict[str, Any]:
+    """Distance between a dense model and the mixture made from it; each is a folder of ours or a Hugging Face one.
 
     Args:
-        tokens: token ids of one sequence.
+        tokens: of one sequence; None takes `tokens_for(dense, ...)`.
+        progress: where a line goes for every tenth of the layers.
         precision: fp32, or fp64, in which rounding is far below the tolerance for models of any depth.
 
     Returns:
-        largest_logit_difference, kl (mean over positions, KL(dense || ours), nats), same_top_token (share of positions), tokens, largest_logit,
-        tolerance, precision, exact (what the manifest says the method is), passed.
+        largest_logit_difference, kl (mean over positions, KL(dense || other), nats), same_top_token (share of positions), largest_logit, layer_differences
+        (per layer: the largest |difference| / |dense| of a token's residual stream), tokens, text (where they are from), tolerance, precision, exact (what the
+        manifest says the method is; without one it is held to be), passed (None where the method is inexact).
+
+    Raises:
+        CheckpointError: as `open_layers`; `dense` is a mixture; the two have other layers or tokens; tokens outside the vocabulary.
     """
-    source = open_source(dense)
-    model, moe = describe(moe_folder)
-    check_plain(moe_folder)
-    reader = DistributedReader(moe_folder)
-    check_ours(reader, model, moe)
-    if model.num_layers != source.description.model.num_layers or model.vocab_size != source.description.model.vocab_size:
-        raise CheckpointError(
-            f"{moe_folder}: has {model.num_layers} layers and {model.vocab_size} tokens, "
-            f"{dense} has {source.description.model.num_layers} and {source.description.model.vocab_size}"
-        )
-    tokens_T = torch.tensor(list(tokens))
-    if int(tokens_T.min()) < 0 or int(tokens_T.max()) >= model.vocab_size:
-        raise CheckpointError(f"token ids lie between {int(tokens_T.min())} and {int(tokens_T.max())}, and the model knows 0 to {model.vocab_size - 1}")
-    dtype = PRECISIONS[precision]
-    left, right = HfLayers(source.reader, source.description.model, dtype), OurLayers(reader, model, moe, dtype)
+    if precision not in PRECISIONS:
+        raise CheckpointError(f"precision {precision!r}: use {' or '.join(PRECISIONS)}")
+    left, right = open_layers(dense, PRECISIONS[precision]), open_layers(other, PRECISIONS[precision])
+    _check_pair(dense, left, other, right)
+    if tokens is None:
+        tokens = tokens_for(dense, left.model.vocab_size)
+    chosen = tokens if isinstance(tokens, Tokens) else Tokens(list(tokens), GIVEN)
+    tokens_T = _checked(chosen, left.model.vocab_size)
     a, b = Forward(left, tokens_T), Forward(right, tokens_T)
-    for number, (dense_layer, our_layer) in enumerate(zip(left.layers(), right.layers(), strict=True)):
-        a.advance(dense_layer)
-        b.advance(our_layer)
-        if progress is not None and (number + 1) % max(1, model.num_layers // 10) == 0:
-            progress.write(f"verify: layer {number + 1} of {model.num_layers}\n")
+    layer_differences = []
+    for number, (dense_layer, other_layer) in enumerate(zip(left.layers(), right.layers(), strict=True), start=1):
+        layer_differences.append(_relative(a.advance(dense_layer), b.advance(other_layer)))
+        if progress is not None and (number % max(1, left.model.num_layers // 10) == 0 or number == left.model.num_layers):
+            progress.write(f"verify: layer {number} of {left.model.num_layers}, largest relative difference {layer_differences[-1]:.1e}\n")
             progress.flush()
-    return {**_distance(a.logits_TV(), b.logits_TV(), len(tokens_T), _exact(Path(moe_folder))), "precision": precision}
+    distance = LogitDistance(len(tokens_T))
+    for dense_TC, other_TC in zip(a.logits_TC(), b.logits_TC(), strict=True):
+        distance.add(dense_TC, other_TC)
+    found = distance.result()
+    exact = _exact(Path(other))
+    return {
+        **found,
+        "layer_differences": layer_differences,
+        "tokens": len(tokens_T),
+        "text": chosen.text,
+        "tolerance": TOLERANCE,
+        "precision": precision,
+        "exact": exact,
+        # `not (x <= y)` would let NaN pass; this does not.
+        "passed": (found["largest_logit_difference"] <= TOLERANCE) if exact else None,
+    }
+
+
+def _check_pair(dense: Path | str, left: Layers, other: Path | str, right: Layers) -> None:
+    if left.moe is not None:
+        raise CheckpointError(f"{dense}: is a mixture of experts; the first folder must be the dense model")
+    pairs = [(name, getattr(right.model, name), getattr(left.model, name)) for name in ("num_layers", "vocab_size", "hidden_size")]
+    differing = [f"{name} {here} and {there}" for name, here, there in pairs if here != there]
+    if differing:
+        raise CheckpointError(f"{other} was not made from {dense}: {', '.join(differing)}")
+
+
+def _checked(tokens: Tokens, vocab_size: int) -> torch.Tensor:
+    tokens_T = torch.tensor(tokens.ids, dtype=torch.int64)
+    if not len(tokens_T):
+        raise CheckpointError("no tokens to compare on")
+    if int(tokens_T.min()) < 0 or int(tokens_T.max()) >= vocab_size:
+        raise CheckpointError(f"token ids lie between {int(tokens_T.min())} and {int(tokens_T.max())}, and the model knows 0 to {vocab_size - 1}")
+    return tokens_T
+
+
+def _relative(dense_TH: torch.Tensor, other_TH: torch.Tensor) -> float:
+    size_T = dense_TH.norm(dim=-1).clamp_min(torch.finfo(dense_TH.dtype).tiny)
+    return float(((dense_TH - other_TH).norm(dim=-1) / size_T).max())
 
 
 def _exact(folder: Path) -> bool:
-    path = folder / MANIFEST
-    return bool(read_json(path).get("method", {}).get("exact", True)) if path.is_file() else True
+    method = read_json(folder / MANIFEST).get("method") if (folder / MANIFEST).is_file() else None
+    return bool(method.get("exact", True)) if isinstance(method, dict) else True
 
 
-def _distance(dense_TV: torch.Tensor, ours_TV: torch.Tensor, count: int, exact: bool) -> dict[str, Any]:
-    difference = float((dense_TV - ours_TV).abs().max())
-    log_dense_TV, log_ours_TV = dense_TV.log_softmax(-1), ours_TV.log_softmax(-1)
-    kl = float((log_dense_TV.exp() * (log_dense_TV - log_ours_TV)).sum(-1).mean())
-    same = float((dense_TV.argmax(-1) == ours_TV.argmax(-1)).float().mean())
-    return {
-        "largest_logit_difference": difference,
-        "kl": max(kl, 0.0),
-        "same_top_token": same,
-        "largest_logit": float(dense_TV.abs().max()),
-        "tokens": count,
-        "tolerance": TOLERANCE,
-        "exact": exact,
-        # `not (x <= y)` would let NaN pass; this does not.
-        "passed": (difference <= TOLERANCE) if exact else None,
-    }
+class LogitDistance:
+    """Compares two models' logits chunk by chunk of the vocabulary, so that [T, V] is never whole.
+
+    With p = softmax(a): KL = sum_v p_v (a_v - b_v) - (lse(a) - lse(b)), where the sum and both log-sum-exps are carried along from chunk to chunk,
+    rescaled whenever a larger logit turns up. Sums are in fp64: the difference of two nearly equal log-sum-exps is what is wanted.
+    """
+
+    def __init__(self, count: int):
+        lowest_T = torch.full((count,), float("-inf"), dtype=torch.float64)
+        zeros_T = torch.zeros(count, dtype=torch.float64)
+        self._top_a_T, self._top_b_T, self._sum_a_T, self._sum_b_T, self._weighted_T = lowest_T, lowest_T, zeros_T, zeros_T, zeros_T
+        self._best_a_T = self._best_b_T = torch.zeros(count, dtype=torch.int64)
+        self._difference = self._largest = torch.zeros((), dtype=torch.float64)
+        self._start = 0
+
+    def add(self, a_TC: torch.Tensor, b_TC: torch.Tensor) -> None:
+        """The next chunk of both models."""
+        a_TC, b_TC = a_TC.double(), b_TC.double()
+        # torch.maximum keeps a NaN, which the built-in max would lose.
+        self._difference = torch.maximum(self._difference, (a_TC - b_TC).abs().max())
+        self._largest = torch.maximum(self._largest, a_TC.abs().max())
+        top_a_T, at_a_T = a_TC.max(-1)
+        top_b_T, at_b_T = b_TC.max(-1)
+        self._best_a_T = torch.where(top_a_T > self._top_a_T, at_a_T + self._start, self._best_a_T)
+        self._best_b_T = torch.where(top_b_T > self._top_b_T, at_b_T + self._start, self._best_b_T)
+        top_a_T, top_b_T = torch.maximum(self._top_a_T, top_a_T), torch.maximum(self._top_b_T, top_b_T)
+        share_a_TC, share_b_TC = (a_TC - top_a_T[:, None]).exp(), (b_TC - top_b_T[:, None]).exp()
+        shrink_a_T, shrink_b_T = (self._top_a_T - top_a_T).exp(), (self._top_b_T - top_b_T).exp()
+        self._sum_a_T = self._sum_a_T * shrink_a_T + share_a_TC.sum(-1)
+        self._sum_b_T = self._sum_b_T * shrink_b_T + share_b_TC.sum(-1)
+        self._weighted_T = self._weighted_T * shrink_a_T + (share_a_TC * (a_TC - b_TC)).sum(-1)
+        self._top_a_T, self._top_b_T = top_a_T, top_b_T
+        self._start += a_TC.shape[-1]
+
+    def result(self) -> dict[str, float]:
+        """largest_logit_difference, kl, same_top_token, largest_logit."""
+        normalizers_T = (self._sum_a_T.log() + self._top_a_T) - (self._sum_b_T.log() + self._top_b_T)
+        kl = float((self._weighted_T / self._sum_a_T - normalizers_T).mean())
+        return {
+            "largest_logit_difference": float(self._difference),
+            "kl": kl if kl != kl else max(kl, 0.0),
+            "same_top_token": float((self._best_a_T == self._best_b_T).double().mean()),
+            "largest_logit": float(self._largest),
+        }
 
 
 def refuse_if_failed(result: dict[str, Any]) -> None:
     """Raise a CheckpointError for a result of an exact method that is outside the tolerance."""
     if result["passed"] is False:
+        first = next((number for number, value in enumerate(result["layer_differences"], start=1) if not value <= result["tolerance"]), None)
+        where = f", the first layer to differ by more is number {first}" if first else ""
         raise CheckpointError(
             f"the result does not compute what the dense model computes: largest logit difference {result['largest_logit_difference']:.3g} "
-            f"over {result['tokens']} tokens, {result['tolerance']:.0e} allowed (KL {result['kl']:.3g}); "
+            f"over {result['tokens']} tokens, {result['tolerance']:.0e} allowed (KL {result['kl']:.3g}{where}); "
             "if rounding is in doubt, compare in fp64 (--precision fp64)"
         )
