@@ -297,7 +297,8 @@ def why_not(family: str, model: Model, moe: Moe | None) -> list[str]:
         problems.append(f"model.qkv_bias is {str(model.qkv_bias).lower()}")
     if family != "skywork_moe" and model.qk_norm != (family in ("qwen3", "qwen3_moe")):
         problems.append(f"model.qk_norm is {str(model.qk_norm).lower()}")
-    if family == "llama" and model.hidden_size % model.num_attention_heads:
+    # transformers' LlamaConfig insists on it, head_dim or not, and the configuration of Skywork-MoE is derived from it.
+    if family in ("llama", "skywork_moe") and model.hidden_size % model.num_attention_heads:
         problems.append(f"model.num_attention_heads={model.num_attention_heads} does not divide model.hidden_size={model.hidden_size}")
     if moe is not None and family in SPARSE and family != "skywork_moe":
         problems += _limits_of_mixtures(family, model, moe)

@@ -11,6 +11,8 @@ class SkyworkMoeConfig(LlamaConfig):
         moe_layer_indices: layers (from 0) that are mixtures; None for all.
         moe_intermediate_size: inner width of an expert; None for intermediate_size.
         shared_expert_intermediate_size: inner width of an expert that sees every token; None for no such expert.
+        shared_expert_gate: multiply that expert's output by the sigmoid of a projection of the token (a mixture made from Qwen2-MoE).
+        moe_pre_softmax: weigh the chosen experts by their probabilities among all, instead of making these sum to 1.
         moe_use_logits_norm: gate-logit normalization.
         moe_gate_norm_std: standard deviation the logits are brought to (lambda of the report).
         moe_gate_norm_eps: added to the variance; the released model has none, which is NaN for equal logits.
@@ -31,6 +33,8 @@ class SkyworkMoeConfig(LlamaConfig):
         moe_layer_indices=None,
         moe_intermediate_size=None,
         shared_expert_intermediate_size=None,
+        shared_expert_gate=False,
+        moe_pre_softmax=False,
         moe_use_logits_norm=True,
         moe_gate_norm_std=1.0,
         moe_gate_norm_eps=1e-6,
@@ -52,6 +56,8 @@ class SkyworkMoeConfig(LlamaConfig):
         self.moe_layer_indices = moe_layer_indices
         self.moe_intermediate_size = moe_intermediate_size
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
+        self.shared_expert_gate = shared_expert_gate
+        self.moe_pre_softmax = moe_pre_softmax
         self.moe_use_logits_norm = moe_use_logits_norm
         self.moe_gate_norm_std = moe_gate_norm_std
         self.moe_gate_norm_eps = moe_gate_norm_eps

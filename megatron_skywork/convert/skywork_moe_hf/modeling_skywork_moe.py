@@ -5,14 +5,16 @@ Per token with gate logits z over the experts:
     z~ = lambda * (z - mean(z)) / sqrt(var(z) + eps)        where moe_use_logits_norm is true, else z~ = z
     y  = sum over the top-k experts of softmax(z~ over those k) * w2(silu(w1 x) * (w3 x))
 
-which is the softmax over all experts, renormalized over the chosen ones; with top-1 the expert keeps its probability among all.
-Attention, rotary positions, norms, cache and generation are transformers' own.
+which is the softmax over all experts, renormalized over the chosen ones; with top-1, or moe_pre_softmax, the experts keep their probabilities among all.
+The shared expert, where there is one, is added to y, times sigmoid(g x) where shared_expert_gate is true.
+Attention, rotary positions (Llama 3.1's scaling included), norms, cache and generation are transformers' own.
 Shapes: T tokens, H hidden, E experts, K top-k.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import __version__
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -43,6 +45,8 @@ class SkyworkSparseMoe(nn.Module):
         self.experts = nn.ModuleList(SkyworkExpert(config.hidden_size, ffn) for _ in range(config.num_experts[0]))
         if config.shared_expert_intermediate_size:
             self.shared_expert = SkyworkExpert(config.hidden_size, config.shared_expert_intermediate_size)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def route(self, x_TH):
         """Weights and numbers of the chosen experts, [T, K] each; computed in fp32."""
@@ -55,7 +59,7 @@ class SkyworkSparseMoe(nn.Module):
             variance_T1 = centred_TE.square().sum(dim=-1, keepdim=True) / (centred_TE.shape[-1] - int(config.moe_gate_norm_unbiased))
             logits_TE = config.moe_gate_norm_std * centred_TE * torch.rsqrt(variance_T1 + config.moe_gate_norm_eps)
         top_TK, chosen_TK = logits_TE.topk(config.num_experts_per_tok, dim=-1)
-        if config.num_experts_per_tok == 1:
+        if config.moe_pre_softmax or config.num_experts_per_tok == 1:
             return logits_TE.softmax(dim=-1).gather(-1, chosen_TK), chosen_TK
         return top_TK.softmax(dim=-1), chosen_TK
 
@@ -67,7 +71,10 @@ class SkyworkSparseMoe(nn.Module):
             token, slot = torch.where(chosen_TK == expert)
             y_TH.index_add_(0, token, (self.experts[expert](x_TH[token]) * weights_TK[token, slot, None]).to(y_TH.dtype))
         if self.config.shared_expert_intermediate_size:
-            y_TH = y_TH + self.shared_expert(x_TH)
+            shared_TH = self.shared_expert(x_TH)
+            if self.config.shared_expert_gate:
+                shared_TH = torch.sigmoid(self.shared_expert_gate(x_TH)) * shared_TH
+            y_TH = y_TH + shared_TH
         return y_TH.view_as(hidden_states)
 
 
@@ -93,14 +100,21 @@ class SkyworkDecoderLayer(LlamaDecoderLayer):
 class SkyworkPreTrainedModel(LlamaPreTrainedModel):
     config_class = SkyworkMoeConfig
     _no_split_modules = ["SkyworkDecoderLayer"]
-    # The gate decides between experts; in half precision near-ties fall differently.
-    _keep_in_fp32_modules_strict = ["block_sparse_moe.gate"]
+    # The gate decides between experts; in half precision near-ties fall differently. transformers 4 asks for a module's own name, 5 for a part of its path.
+    _keep_in_fp32_modules_strict = ["gate" if __version__.startswith("4.") else "block_sparse_moe.gate"]
+    complete = False
+
+    def post_init(self):
+        """Called once all modules are in place. LLaMA's constructors call it before that, while dense layers stand where mixtures will be."""
+        if self.complete:
+            super().post_init()
 
 
 class SkyworkModel(SkyworkPreTrainedModel, LlamaModel):
     def __init__(self, config):
         LlamaModel.__init__(self, config)
         self.layers = nn.ModuleList(SkyworkDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.complete = True
         self.post_init()
 
 
@@ -108,4 +122,5 @@ class SkyworkForCausalLM(SkyworkPreTrainedModel, LlamaForCausalLM):
     def __init__(self, config):
         LlamaForCausalLM.__init__(self, config)
         self.model = SkyworkModel(config)
+        self.complete = True
         self.post_init()
