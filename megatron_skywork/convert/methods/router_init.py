@@ -63,16 +63,24 @@ def _orthonormalize(block_EH: torch.Tensor, generator: torch.Generator) -> None:
         columns_HE[:, number] = row_H
 
 
-def from_hidden(hidden_TH: torch.Tensor, num_rows: int, std: float, generator: torch.Generator, rounds: int = 50) -> torch.Tensor:
+def from_hidden(hidden_TH: torch.Tensor, num_rows: int, std: float, generator: torch.Generator) -> torch.Tensor:
     """Centroids of the router's inputs, centred over experts and scaled to std.
 
     Args:
         hidden_TH: the router's inputs (after the norm) on some text, any float dtype. A few thousand tokens do: each round takes T * H * E multiplications.
         num_rows: experts; for virtual groups the copies.
-        rounds: at most this many rounds; it stops earlier when no token changes its centroid.
 
     Raises:
         DataError: fewer different hidden states than rows, or values that are not finite.
+    """
+    return _centred(centroids(hidden_TH, num_rows, generator), std)
+
+
+def centroids(hidden_TH: torch.Tensor, num_rows: int, generator: torch.Generator, rounds: int = 50) -> torch.Tensor:
+    """k-means of the tokens, [E, H] in fp64: at most `rounds` rounds, fewer where no token changes its centroid any more.
+
+    Raises:
+        DataError: as from_hidden.
     """
     length_T = torch.cat([chunk.double().square().sum(1) for chunk in hidden_TH.split(_TOKENS_PER_CHUNK)])
     if not torch.isfinite(length_T).all():
@@ -86,7 +94,7 @@ def from_hidden(hidden_TH: torch.Tensor, num_rows: int, std: float, generator: t
             break
         nearest_T = found_T
         centroids_EH = _means(hidden_TH, nearest_T, num_rows)
-    return _centred(centroids_EH, std)
+    return centroids_EH
 
 
 def _distances(hidden_TH: torch.Tensor, length_T: torch.Tensor, centroids_EH: torch.Tensor) -> torch.Tensor:
