@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 from pathlib import Path
 
 from megatron_skywork.errors import CheckpointError
 
 MARKER = "complete.json"
+_HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 def write_marker(folder: Path | str) -> None:
@@ -21,12 +24,16 @@ def write_marker(folder: Path | str) -> None:
     sizes = {name: (folder / name).stat().st_size for name in list_files(folder) if name != MARKER}
     temporary = folder / (MARKER + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(sizes, file, indent=1, sort_keys=True)
-        file.write("\n")
+        file.write(marker_text(sizes))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MARKER)
     fsync_folder(folder)
+
+
+def marker_text(sizes: dict[str, int]) -> str:
+    """What a marker of these sizes holds, to the byte."""
+    return json.dumps(sizes, indent=1, sort_keys=True) + "\n"
 
 
 def is_complete(folder: Path | str) -> bool:
@@ -49,7 +56,7 @@ def check_marker(folder: Path | str) -> dict[str, int]:
         )
     try:
         sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / MARKER}: cannot be read as JSON ({error}); the folder is damaged") from error
     if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
         raise CheckpointError(f"{folder / MARKER}: expected file names with their sizes in bytes; the folder is damaged")
@@ -71,13 +78,38 @@ def list_files(folder: Path) -> list[str]:
 
 
 def inside(folder: Path, name: object, said_by: str) -> Path:
-    """`folder / name`, where `name` was read from a file and must not lead out of the folder."""
+    """`folder / name`, where `name` was read from a file and must not lead out of the folder, by itself or by a link (see `check_link`)."""
     if not isinstance(name, str) or not name or "\x00" in name:
-        raise CheckpointError(f"{folder}: {said_by} names the file {name!r}, which is not a file name")
+        raise CheckpointError(f"{folder}: {said_by} names the file {reprlib.repr(name)}, which is not a file name")
     parts = Path(name.replace("\\", "/")).parts
-    if Path(name).is_absolute() or ".." in parts or name.startswith("\\") or ":" in parts[0]:
-        raise CheckpointError(f"{folder}: {said_by} names the file {name!r}, which lies outside the folder; nothing was read from it")
+    if not parts or Path(name).is_absolute() or ".." in parts or name.startswith("\\") or ":" in parts[0]:
+        raise CheckpointError(f"{folder}: {said_by} names the file {reprlib.repr(name)}, which lies outside the folder; nothing was read from it")
+    check_link(folder, folder / name)
     return folder / name
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """Refuse a link that leads out of the folder: an archive or a repository can carry links, and a copied folder must not bring along what one points to.
+
+    The one exception is how Hugging Face's cache keeps files: `snapshots/REVISION/NAME` is a link into `blobs/` beside `snapshots/`, whose files are named by
+    the hash of their content. Any link to such a blob is followed, from wherever: what lies there was downloaded from the hub.
+
+    Raises:
+        CheckpointError: names the link and where it leads.
+    """
+    root, target = os.path.realpath(folder), Path(os.path.realpath(path))
+    if target.is_relative_to(root) or blob_hash(path) is not None:
+        return
+    raise CheckpointError(
+        f"{path}: is a link to {target}, outside the folder and not in a Hugging Face cache; put the file itself there, or give the folder it is in"
+    )
+
+
+def blob_hash(path: Path) -> str | None:
+    """The hash that a linked file of a Hugging Face cache is named by: SHA-256 for large files, 40 digits of git's for others. None for any other file."""
+    target = Path(os.path.realpath(path))
+    is_blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir() and _HASH.fullmatch(target.name)
+    return target.name if is_blob else None
 
 
 def fsync_folder(folder: Path) -> None:
