@@ -6,7 +6,6 @@ Training checkpoints have the same weights under the same names, with `config.ya
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shutil
 import sys
@@ -22,7 +21,7 @@ from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.config.yaml_strict import read_yaml, write_yaml
 from megatron_skywork.convert.hf_files import read_json
 from megatron_skywork.convert.layouts import numel
-from megatron_skywork.convert.marker import list_files
+from megatron_skywork.convert.marker import list_files, sealed
 from megatron_skywork.convert.table import moe_layers, weights
 from megatron_skywork.errors import CheckpointError
 
@@ -145,7 +144,7 @@ def write_manifest(folder: Path, content: dict[str, Any], known_hashes: dict[str
     names = [name for name in list_files(folder) if name != MANIFEST]
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": known_hashes.get(name) or sha256_of(folder / name)} for name in names}
     manifest = {**content, "versions": versions(), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
 
 
 def versions() -> dict[str, str]:

@@ -1,20 +1,25 @@
 """The completion marker: `complete.json`, the size of every file of a checkpoint folder, written last.
 
 A folder without it was interrupted while being written and is never read. Sizes notice a truncated file; a flipped bit is noticed by `manifest.json`
-(SHA-256) where a folder has one, because neither safetensors nor torch's files carry checksums that are verified on load.
+(SHA-256) where a folder has one, because neither safetensors nor torch's files carry checksums that are verified on load. The manifest in turn is sealed: it
+carries the SHA-256 of its own text.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import reprlib
 from pathlib import Path
+from typing import Any
 
 from megatron_skywork.errors import CheckpointError
 
 MARKER = "complete.json"
+SEAL = "seal"
+_BLANK = "0" * 64
 _HASH = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
@@ -70,6 +75,22 @@ def check_marker(folder: Path | str) -> dict[str, int]:
     if problems:
         raise CheckpointError(f"{folder}: files differ from {MARKER}; the folder is damaged:\n" + "\n".join("  " + line for line in problems))
     return sizes
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON text of a manifest, with the SHA-256 of that text, its own digits taken as zeros, as its last entry."""
+    text = json.dumps({**content, SEAL: _BLANK}, indent=1) + "\n"
+    before, _, after = text.rpartition(_BLANK)
+    return before + hashlib.sha256(text.encode()).hexdigest() + after
+
+
+def seal_holds(text: str, content: dict[str, Any]) -> bool:
+    """Whether a manifest is what `sealed` wrote, to the byte; `content` is what the text says."""
+    seal = content.get(SEAL)
+    if not isinstance(seal, str) or len(seal) != 64 or seal == _BLANK:
+        return False
+    before, found, after = text.rpartition(seal)
+    return bool(found) and hashlib.sha256((before + _BLANK + after).encode()).hexdigest() == seal
 
 
 def list_files(folder: Path) -> list[str]:

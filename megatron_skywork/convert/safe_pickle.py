@@ -278,8 +278,8 @@ def check_metadata(folder: Path | str) -> Metadata:
         backend = json.loads((folder / BACKEND).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no {BACKEND}, so this is not a distributed checkpoint of megatron-core") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / BACKEND}: is not JSON ({_reason(error)})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / BACKEND}: cannot be read as JSON ({_reason(error)})") from error
     if not isinstance(backend, dict) or backend.get("sharded_backend") != "torch_dist":
         raise CheckpointError(f"{folder / BACKEND}: sharded_backend is {shown(backend)}; only torch_dist is supported")
     index = read_metadata(folder)
