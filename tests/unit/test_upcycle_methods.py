@@ -66,6 +66,14 @@ def test_moments_are_those_of_the_whole(dtype: torch.dtype, mean: float, small_c
     assert found == pytest.approx((whole.double().mean().item(), whole.double().std().item()), rel=1e-9)
 
 
+def test_what_is_fp64_already_is_not_changed_in_place() -> None:
+    source = matrix(3, 4).double()
+    before = source.clone()
+    moments([source])
+    blend.mean([source, source + 1])
+    assert same(source, before)
+
+
 def test_moments_of_a_constant_are_exact() -> None:
     assert moments([torch.full((3, 70), 7.3)]) == (torch.tensor(7.3).item(), 0.0)
 

@@ -106,17 +106,25 @@ def test_an_empty_cluster_takes_the_farthest_token_of_one_that_can_spare_it() ->
     assert nearest_T.tolist() == [0, 1, 0, 2, 3, 4]
 
 
+def test_a_centroid_that_no_token_is_near_is_set_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden_TH, _ = clusters([100, 100], spread=0.01)
+    far_EH = torch.stack([hidden_TH[0], hidden_TH[0] + 1e4]).double()
+    monkeypatch.setattr(router_init, "_spread_start", lambda *_: far_EH)
+    found_EH = router_init.centroids(hidden_TH, 2, generator(1))
+    assert cost(hidden_TH, far_EH) > 100 and cost(hidden_TH, found_EH) < 0.01
+
+
 def test_as_many_tokens_as_rows_are_the_rows() -> None:
     hidden_TH = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
     rows_EH = router_init.centroids(hidden_TH, 3, generator(1))
     assert sorted(rows_EH.tolist()) == [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
 
 
-@pytest.mark.parametrize(
-    "hidden_TH", [torch.ones(50, 6) * 0.3, torch.tensor([[1.0, 0.1], [0.3, 1.0], [1.0, 0.1]]), torch.zeros(0, 4)], ids=["one", "two", "none"]
-)
-def test_fewer_different_tokens_than_rows_are_refused(hidden_TH: torch.Tensor) -> None:
-    with pytest.raises(DataError, match=f"gives {len(hidden_TH.unique(dim=0))} different hidden states, and 3 experts"):
+@pytest.mark.parametrize("different", [0, 1, 2])
+@pytest.mark.parametrize("hidden", [2, 301])
+def test_fewer_different_tokens_than_rows_are_refused(different: int, hidden: int) -> None:
+    hidden_TH = torch.randn(different, hidden, generator=torch.Generator().manual_seed(1)).repeat(20, 1)
+    with pytest.raises(DataError, match=f"gives {different} different hidden states, and 3 experts"):
         router_init.from_hidden(hidden_TH, 3, 0.01, generator(1))
 
 
