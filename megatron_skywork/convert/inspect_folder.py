@@ -18,10 +18,10 @@ from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.checkpoint_folder import MANIFEST, count_parameters, describe, is_ours, layout_summary, step_of
 from megatron_skywork.convert.compare_names import check_ours, dtype_name, main_dtype
 from megatron_skywork.convert.hf_files import read_json
-from megatron_skywork.convert.import_hf import open_source
 from megatron_skywork.convert.marker import MARKER, list_files
 from megatron_skywork.convert.mcore_files import DistributedReader
 from megatron_skywork.convert.safe_pickle import check_metadata
+from megatron_skywork.convert.sources import open_hf
 from megatron_skywork.convert.table import Weight, weights
 
 # What training keeps beside the weights, by the item's name; the first that fits.
@@ -57,7 +57,7 @@ def inspect_folder(folder: Path | str, similarity: bool = True) -> dict[str, Any
 
 
 def _inspect_hf(folder: Path, similarity: bool) -> dict[str, Any]:
-    source = open_source(folder)
+    source = open_hf(folder)
     described = source.description
     infos = source.reader.tensors.values()
     result = {

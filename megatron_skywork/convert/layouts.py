@@ -37,7 +37,7 @@ class Layout(ABC):
     @property
     @abstractmethod
     def pieces(self) -> tuple[Piece, ...]:
-        """Boxes that cover `whole` without overlap; every part belongs to exactly one."""
+        """Boxes that cover `whole` without overlap; every part belongs to exactly one. A box without parts is padding."""
 
     def pack(self, piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """The box's content from its parts, shape `piece.shape`. Plain boxes hold one part as it is."""
@@ -87,16 +87,16 @@ class PaddedVocab(Layout):
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        return (Piece((0, 0), self.whole, (0,)),)
+        """The rows as they are, and the padding as a box of its own: the largest matrix of a model is not copied."""
+        padding = self.whole[0] - self.vocab
+        rows = Piece((0, 0), self.parts[0], (0,))
+        return (rows, Piece((self.vocab, 0), (padding, self.whole[1]), ())) if padding else (rows,)
 
     def pack(self, piece: Piece, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        (rows_VH,) = tensors
-        if self.vocab == self.whole[0]:
-            return rows_VH
-        return torch.cat([rows_VH, rows_VH.new_zeros(self.whole[0] - self.vocab, self.whole[1])])
+        return tensors[0] if piece.parts else torch.zeros(piece.shape)
 
     def unpack(self, piece: Piece, block: torch.Tensor) -> list[torch.Tensor]:
-        return [block[: self.vocab]]
+        return [block] if piece.parts else []
 
 
 class QkvByGroup(Layout):

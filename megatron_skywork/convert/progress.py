@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TextIO
 
 
 class Progress:
-    """Call with the number of bytes done since the last call; `close` ends the line.
+    """Call with the number of bytes done since the last call, from any thread; `close` ends the line.
 
     Args:
         label: what is being done.
@@ -21,13 +22,15 @@ class Progress:
         self._stream = stream
         self._live = stream is not None and stream.isatty()
         self._start = self._shown = time.monotonic()
+        self._lock = threading.Lock()
 
     def __call__(self, count: int) -> None:
-        self.done_bytes += count
-        now = time.monotonic()
-        if now - self._shown >= (0.2 if self._live else 5.0):
-            self._shown = now
-            self._show("\r" if self._live else "")
+        with self._lock:
+            self.done_bytes += count
+            now = time.monotonic()
+            if now - self._shown >= (0.2 if self._live else 5.0):
+                self._shown = now
+                self._show("\r" if self._live else "")
 
     def close(self) -> float:
         """Print the last state; returns the seconds it took."""

@@ -19,11 +19,11 @@ import torch
 from megatron_skywork.convert.checkpoint_folder import HF_FOLDER, MANIFEST, check_plain, describe, is_ours
 from megatron_skywork.convert.compare_names import check_ours
 from megatron_skywork.convert.hf_files import read_json
-from megatron_skywork.convert.import_hf import open_source
 from megatron_skywork.convert.mcore_files import DistributedReader
 from megatron_skywork.convert.reference import Forward
 from megatron_skywork.convert.reference_weights import HfLayers, Layers, OurLayers
 from megatron_skywork.convert.sample_text import SAMPLE
+from megatron_skywork.convert.sources import open_source
 from megatron_skywork.errors import CheckpointError
 
 TOLERANCE = 1e-4

@@ -20,11 +20,11 @@ import torch
 from megatron_skywork.convert.checkpoint_folder import MANIFEST, describe, is_ours, step_of
 from megatron_skywork.convert.compare_names import check_ours
 from megatron_skywork.convert.hf_files import read_json
-from megatron_skywork.convert.import_hf import open_source
 from megatron_skywork.convert.marker import MARKER, blob_hash, check_link, inside, list_files, marker_text, seal_holds
 from megatron_skywork.convert.mcore_files import DistributedReader
 from megatron_skywork.convert.progress import Progress
 from megatron_skywork.convert.safe_pickle import check_metadata
+from megatron_skywork.convert.sources import open_hf
 from megatron_skywork.errors import CheckpointError, UserError
 
 _READ_BYTES = 4 << 20
@@ -237,7 +237,7 @@ def _tensors(folder: Path, kind: str, found: _Findings, finite: bool) -> None:
     found.checked.append("names, shapes and dtypes of all tensors against the model's description")
     try:
         if kind == "huggingface":
-            reader: Any = open_source(folder).reader
+            reader: Any = open_hf(folder).reader
         else:
             model, moe = describe(folder)
             check_metadata(folder)

@@ -13,26 +13,64 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_skywork.convert import safe_pickle
+from megatron_skywork.convert.as_they_are import AsTheyAre
 from megatron_skywork.convert.gguf import extract_gguf
-from megatron_skywork.convert.hf_files import HfReader, HfWriter
+from megatron_skywork.convert.hf_files import HfReader
+from megatron_skywork.convert.layouts import Layout, Piece, Same
 from megatron_skywork.convert.marker import check_marker, is_complete, write_marker
-from megatron_skywork.convert.mcore_files import DistributedReader, DistributedWriter
-from megatron_skywork.convert.staging import Staging
+from megatron_skywork.convert.mcore_files import DistributedReader
+from megatron_skywork.convert.streaming.file_writer import FileWriter
+from megatron_skywork.convert.streaming.hf_target import HfTarget
+from megatron_skywork.convert.streaming.mcore_target import BACKEND_CONTENT, McoreTarget
+from megatron_skywork.convert.streaming.targets import Target
+from megatron_skywork.convert.streaming.torch_record import around, raw_bytes, record
+from megatron_skywork.convert.streaming.units import Unit, units_of
+from megatron_skywork.convert.table import Weight
 from megatron_skywork.errors import CheckpointError
 
 KEY = "decoder.layers.0.mlp.experts.experts.linear_fc1.weight"
+NORM = "decoder.final_layernorm.weight"
+
+
+class Boxes(Layout):
+    """A tensor in boxes, each a part of its own."""
+
+    def __init__(self, whole: tuple[int, ...], pieces: tuple[Piece, ...]):
+        self.whole, self.parts, self._pieces = whole, tuple(piece.shape for piece in pieces), pieces
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return self._pieces
+
+
+def write(folder: Path, target: Target, content: dict[str, torch.Tensor]) -> None:
+    """All files of a target from tensors by their Hugging Face names, in this thread."""
+    recipe = AsTheyAre(lambda weight: content[weight.theirs[0]].dtype)
+    for file in target.files:
+        with FileWriter(folder / file.name) as out:
+            out.write(file.head)
+            for unit in file.units:
+                tensors = [content[name] for _, name in unit.sources]
+                for piece, parts in zip(unit.pieces, recipe.make(unit, tensors), strict=True):
+                    for buffer in target.encode(unit, piece, parts):
+                        out.write(buffer)
+            assert out.finish().num_bytes == file.num_bytes
+    target.finish(folder)
+
+
+def plan(weights: list[Weight], content: dict[str, torch.Tensor]) -> list[list[Unit]]:
+    return units_of(weights, AsTheyAre(lambda weight: content[weight.theirs[0]].dtype))
 
 
 def write_distributed(folder: Path, file_bytes: int = 1 << 30) -> torch.Tensor:
     folder.mkdir(parents=True, exist_ok=True)
     whole = torch.arange(3 * 4 * 5, dtype=torch.float32).reshape(3, 4, 5)
-    writer = DistributedWriter(folder, file_bytes=file_bytes)
-    for expert in range(3):
-        for row in (0, 2):
-            writer.add(KEY, (3, 4, 5), (expert, row, 0), whole[expert : expert + 1, row : row + 2])
-    writer.add("decoder.final_layernorm.weight", (5,), (0,), torch.ones(5, dtype=torch.bfloat16))
-    writer.add_empty_object("decoder.layers.0.mlp.experts.experts.linear_fc1._extra_state/shard_0_3")
-    writer.finish()
+    places = [(expert, row, 0) for expert in range(3) for row in (0, 2)]
+    boxes = Boxes((3, 4, 5), tuple(Piece(place, (1, 2, 5), (index,)) for index, place in enumerate(places)))
+    content = {f"part {index}": whole[expert : expert + 1, row : row + 2] for index, (expert, row, _) in enumerate(places)}
+    content["norm"] = torch.ones(5, dtype=torch.bfloat16)
+    weights = [Weight(KEY, tuple(content)[:6], boxes, "expert_fc1", 0), Weight(NORM, ("norm",), Same((5,)), "hidden", None)]
+    write(folder, McoreTarget(plan(weights, content), ["decoder.layers.0.mlp.experts.experts.linear_fc1._extra_state/shard_0_3"], file_bytes), content)
     write_marker(folder)
     return whole
 
@@ -40,10 +78,10 @@ def write_distributed(folder: Path, file_bytes: int = 1 << 30) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------------------- distributed checkpoints
 
 
-@pytest.mark.parametrize("file_bytes", [1 << 30, 2000], ids=["one file", "many files"])
+@pytest.mark.parametrize("file_bytes", [1 << 30, 100], ids=["one file", "many files"])
 def test_boxes_read_back_in_any_cut(tmp_path: Path, file_bytes: int):
     whole = write_distributed(tmp_path, file_bytes)
-    assert (len(list(tmp_path.glob("*.distcp"))) > 1) == (file_bytes == 2000)
+    assert (len(list(tmp_path.glob("*.distcp"))) > 2) == (file_bytes == 100)
     reader = DistributedReader(tmp_path)
     assert set(reader.tensors) == {KEY, "decoder.final_layernorm.weight"} and reader.tensors[KEY].shape == (3, 4, 5)
     assert torch.equal(reader.read(KEY), whole)
@@ -73,18 +111,40 @@ def test_what_torch_writes_is_read(tmp_path: Path):
     assert torch.equal(reader.read("decoder.x.weight"), value)
 
 
-def test_a_tensor_that_is_not_covered_is_not_finished(tmp_path: Path):
-    writer = DistributedWriter(tmp_path)
-    writer.add("decoder.a", (4, 2), (0, 0), torch.zeros(2, 2))
+def test_a_tensor_that_is_not_covered_is_not_planned():
+    content = {"a": torch.zeros(2, 2)}
+    half = Boxes((4, 2), (Piece((0, 0), (2, 2), (0,)),))
     with pytest.raises(ValueError, match="do not cover"):
-        writer.finish()
+        McoreTarget(plan([Weight("decoder.a", ("a",), half, "fc1", 0)], content))
 
 
 def test_a_view_is_stored_without_the_rest_of_its_storage(tmp_path: Path):
-    writer = DistributedWriter(tmp_path)
-    writer.add("decoder.a", (1, 4), (0, 0), torch.zeros(100_000, 4)[:1])
-    writer.finish()
+    content = {"a": torch.zeros(100_000, 4)[:1]}
+    write(tmp_path, McoreTarget(plan([Weight("decoder.a", ("a",), Same((1, 4)), "hidden", 0)], content)), content)
     assert (tmp_path / "__0_0.distcp").stat().st_size < 10_000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2, 3, 4), (64, 1000)], ids=str)
+def test_a_record_is_what_torch_writes_around_the_numbers(shape: tuple[int, ...], dtype: torch.dtype):
+    tensor = torch.randn(shape).to(dtype)
+    before, after = around(shape, dtype)
+    written = record(tensor)
+    assert len(before) + tensor.nbytes + len(after) == len(written)
+    assert written.startswith(before + bytes(raw_bytes(tensor)))
+    assert torch.equal(torch.load(io.BytesIO(before + bytes(raw_bytes(tensor)) + after), weights_only=True), tensor)
+
+
+@pytest.mark.parametrize(("axis", "count"), [(0, 2), (1, 3), (1, 4)])
+def test_boxes_can_be_cut_for_a_layout(tmp_path: Path, axis: int, count: int):
+    """Into so many, or left whole where they do not divide."""
+    content = {"a": torch.randn(4, 6)}
+    weight = Weight("decoder.a", ("a",), Same((4, 6)), "fc2", 0)
+    write(tmp_path, McoreTarget(plan([weight], content), cut=lambda weight: (axis, count)), content)
+    write_marker(tmp_path)
+    index = safe_pickle.read_metadata(tmp_path)
+    assert len(index.state_dict_metadata["decoder.a"].chunks) == (count if content["a"].shape[axis] % count == 0 else 1)
+    assert torch.equal(DistributedReader(tmp_path).read("decoder.a"), content["a"])
 
 
 def test_folder_without_marker_is_refused(tmp_path: Path):
@@ -96,7 +156,7 @@ def test_folder_without_marker_is_refused(tmp_path: Path):
 
 
 def test_every_damaged_file_is_listed(tmp_path: Path):
-    write_distributed(tmp_path, 2000)
+    write_distributed(tmp_path, 100)
     os.truncate(tmp_path / "__0_0.distcp", 100)
     (tmp_path / "__0_1.distcp").unlink()
     with pytest.raises(CheckpointError) as refusal:
@@ -139,12 +199,9 @@ def test_a_crafted_pickle_is_refused_and_does_not_run(tmp_path: Path, kind: str)
     elif kind == "common":
         torch.save(Attack(target), folder / "common.pt")
     else:
-        writer = DistributedWriter(folder)
-        writer._entries["decoder.layers.0.x._extra_state/shard_0_1"] = safe_pickle.BytesStorageMetadata()
-        buffer = io.BytesIO()
-        torch.save([Attack(target)], buffer)
-        writer._append(torch.distributed.checkpoint.metadata.MetadataIndex("decoder.layers.0.x._extra_state/shard_0_1"), buffer.getvalue())
-        writer.finish()
+        key = "decoder.layers.0.x._extra_state/shard_0_1"
+        torch.distributed.checkpoint.save({key: Attack(target)}, checkpoint_id=str(folder), no_dist=True)
+        (folder / "metadata.json").write_text(json.dumps(BACKEND_CONTENT))
     write_marker(folder)
     with pytest.raises(CheckpointError) as refusal:
         safe_pickle.check_metadata(folder)
@@ -198,10 +255,8 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40], ids=["one", "sharded"])
 def test_writer_makes_what_safetensors_reads(tmp_path: Path, shard_bytes: int):
     content = tensors()
-    writer = HfWriter(tmp_path, [(name, tuple(t.shape), t.dtype) for name, t in content.items()], shard_bytes)
-    for name, tensor in content.items():
-        writer.add(name, tensor)
-    writer.finish()
+    weights = [Weight(name, (name,), Same(tuple(tensor.shape)), "hidden", None) for name, tensor in content.items()]
+    write(tmp_path, HfTarget(plan(weights, content), shard_bytes), content)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == (1 if shard_bytes > 1000 else 2)
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -255,42 +310,6 @@ def test_bin_shards_are_read_weights_only(tmp_path: Path):
     with pytest.raises(CheckpointError, match="more than tensors"):
         HfReader(tmp_path)
     assert not (tmp_path / "hacked").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------------------- output folder
-
-
-def test_output_is_absent_after_a_failure_and_whole_after_success(tmp_path: Path):
-    with pytest.raises(RuntimeError), Staging(tmp_path / "out") as folder:
-        (folder / "x").write_text("half")
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-    with Staging(tmp_path / "out") as folder:
-        (folder / "complete.json").write_text("{}")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path):
-    (tmp_path / ".out.partial-999999999").mkdir()
-    (tmp_path / f".out.partial-{os.getppid()}").mkdir()
-    with Staging(tmp_path / "out") as folder:
-        (folder / "complete.json").write_text("{}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f".out.partial-{os.getppid()}", "out"], "another living process keeps its folder"
-
-
-def test_overwriting_needs_permission_and_a_checkpoint(tmp_path: Path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.tex").write_text("do not lose")
-    with pytest.raises(CheckpointError, match="--overwrite"):
-        Staging(out)
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
-        Staging(out, overwrite=True)
-    (out / "complete.json").write_text("{}")
-    with Staging(out, overwrite=True) as folder:
-        (folder / "complete.json").write_text('{"new": 1}')
-    assert sorted(path.name for path in out.iterdir()) == ["complete.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # --------------------------------------------------------------------------------------------------------------------------------- GGUF

@@ -98,7 +98,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 def test_logits_are_those_of_transformers(tmp_path: Path, family: str):
     import transformers
 
-    from megatron_skywork.convert.import_hf import open_source
+    from megatron_skywork.convert.sources import open_source
 
     shape = dict(
         num_hidden_layers=2, hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, initializer_range=0.3,

@@ -1,0 +1,65 @@
+"""The processes that share a conversion: one, or those that torchrun started, on as many nodes as there are. They meet in the output's file system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+
+Task = TypeVar("Task")
+Made = TypeVar("Made")
+# A rank with a small share waits for those with large ones; torchrun ends it when one of them fails.
+_PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: as torchrun counts them.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """What torchrun says, or a process on its own."""
+        ranks = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        if ranks.world_size > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+        return ranks
+
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def from_first(self, make: Callable[[], Made]) -> Made:
+        """What rank 0 makes, on every rank."""
+        if self.world_size == 1:
+            return make()
+        box = [make() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return cast(Made, box[0])
+
+    def close(self) -> None:
+        """Leave the group that `from_environment` made."""
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def share(self, tasks: Sequence[tuple[Task, int]]) -> list[Task]:
+        """This rank's part of (task, size): the largest first, each to whoever has least; all ranks compute the same."""
+        loads = [0] * self.world_size
+        mine = []
+        for number in sorted(range(len(tasks)), key=lambda index: (-tasks[index][1], index)):
+            owner = min(range(self.world_size), key=lambda rank: loads[rank])
+            loads[owner] += tasks[number][1]
+            if owner == self.rank:
+                mine.append(number)
+        return [tasks[number][0] for number in sorted(mine)]

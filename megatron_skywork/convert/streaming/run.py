@@ -1,0 +1,225 @@
+"""Runs a conversion: files are written by several threads and, under torchrun, by several processes; what was finished before an interruption is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from megatron_skywork.convert.checkpoint_folder import sha256_of, versions
+from megatron_skywork.convert.output_folder import check_space
+from megatron_skywork.convert.progress import Progress
+from megatron_skywork.convert.streaming.file_writer import FileRecord, FileWriter, Stopped
+from megatron_skywork.convert.streaming.ranks import Ranks
+from megatron_skywork.convert.streaming.staged import Staged
+from megatron_skywork.convert.streaming.targets import PlannedFile, Target
+from megatron_skywork.convert.streaming.units import Recipe, Ref, Unit
+from megatron_skywork.errors import UserError
+
+DEFAULT_WORKERS = 2
+_SOURCE = "source/"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion, ready to run.
+
+    Attributes:
+        label: what it is called in its progress.
+        recipe, target, read: what is made, where it goes, and how a source tensor is read (from any thread).
+        decides: whatever else decides the bytes that are written, as JSON; a resumed conversion must agree in it.
+        source_files: files that are hashed for the manifest, by the name they get there.
+        complete: writes what lies beside the weights, given the folder and the SHA-256 of its files and of the source files.
+        accept: looks at the finished folder before it gets its name; an error from it refuses the folder. Its answer is part of the outcome.
+    """
+
+    label: str
+    recipe: Recipe
+    target: Target
+    read: Callable[[Ref], torch.Tensor]
+    decides: dict[str, Any]
+    source_files: dict[str, Path]
+    complete: Callable[[Path, Mapping[str, str], Mapping[str, str]], None]
+    accept: Callable[[Path], dict[str, Any]] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weight files."""
+        return sum(file.num_bytes for file in self.target.files)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversion is run; none of it changes what is written.
+
+    Attributes:
+        workers: files that this process writes at the same time.
+        overwrite: replace a checkpoint.
+        progress: where progress goes.
+        ranks: the processes that share the work.
+    """
+
+    workers: int = DEFAULT_WORKERS
+    overwrite: bool = False
+    progress: TextIO | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion did, as far as this rank knows.
+
+    Attributes:
+        seconds: without the start of Python, with what `accept` took.
+        num_bytes: bytes of the weight files, all ranks together.
+        resumed_files: files that an interrupted conversion had finished.
+        accepted: the answer of `Job.accept`.
+    """
+
+    seconds: float
+    num_bytes: int
+    resumed_files: int
+    accepted: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a command's answer."""
+        found: dict[str, Any] = {"bytes": self.num_bytes, "seconds": round(self.seconds, 3), "resumed_files": self.resumed_files}
+        return found if self.accepted is None else {**found, "verify": self.accepted}
+
+
+def run(job: Job, out: Path | str, options: Options) -> Outcome:
+    """Write the folder.
+
+    Raises:
+        UserError: a source or a setting was refused, `out` exists, or the disk is too small; nothing is left behind.
+        OSError: a disk failed or is full; the same command goes on where this one stopped, as it does after a crash.
+    """
+    started = time.monotonic()
+    staged = Staged(out, _plan_hash(job), options.overwrite)
+    resumed = 0
+    try:
+        if options.ranks.rank == 0:
+            if staged.open() and (resumed := sum(_finished(staged, file) is not None for file in job.target.files)) and options.progress is not None:
+                options.progress.write(f"{job.label}: going on, {resumed} of {len(job.target.files)} files were finished before\n")
+            check_space(staged.content, job.num_bytes - sum(file.num_bytes for file in job.target.files if _finished(staged, file)))
+        options.ranks.meet()
+        _write_share(job, staged, options)
+        options.ranks.meet()
+        accepted = None
+        if options.ranks.rank == 0:
+            accepted = _complete(job, staged)
+            staged.commit()
+        options.ranks.meet()
+    except UserError:
+        if options.ranks.rank == 0:
+            staged.remove_if_taken()
+        raise
+    finally:
+        staged.leave()
+    return Outcome(time.monotonic() - started, job.num_bytes, resumed, accepted)
+
+
+def _plan_hash(job: Job) -> str:
+    sources = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in job.source_files.items()}
+    files = [[file.name, file.num_bytes, hashlib.sha256(file.head).hexdigest()] for file in job.target.files]
+    plan = {"label": job.label, "decides": job.decides, "files": files, "sources": sources, "versions": versions()}
+    return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _finished(staged: Staged, file: PlannedFile) -> FileRecord | None:
+    """The journal's record of a file that is there in its size."""
+    found, path = staged.recorded(file.name), staged.content / file.name
+    return found if found is not None and path.is_file() and path.stat().st_size == found.num_bytes == file.num_bytes else None
+
+
+def _write_share(job: Job, staged: Staged, options: Options) -> None:
+    """This rank's files and its share of the source's hashes."""
+    files = options.ranks.share([(file, file.num_bytes) for file in job.target.files])
+    sources = options.ranks.share([((name, path), path.stat().st_size) for name, path in job.source_files.items()])
+    files = [file for file in files if _finished(staged, file) is None]
+    sources = [(name, path) for name, path in sources if staged.recorded(_SOURCE + name) is None]
+    label = job.label if options.ranks.world_size == 1 else f"{job.label} (rank {options.ranks.rank} of {options.ranks.world_size})"
+    bar = Progress(label, sum(file.num_bytes for file in files), options.progress if options.ranks.rank == 0 else None)
+    stopped = threading.Event()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // options.workers))
+    try:
+        with ThreadPoolExecutor(options.workers) as writers, ThreadPoolExecutor(1) as hasher:
+            jobs: list[Future[None]] = [writers.submit(_write_file, job, file, staged, bar, stopped) for file in files]
+            jobs += [hasher.submit(_hash_source, name, path, staged, stopped) for name, path in sources]
+            _wait(jobs, stopped)
+    finally:
+        torch.set_num_threads(threads)
+        bar.close()
+
+
+def _wait(jobs: Sequence[Future[None]], stopped: threading.Event) -> None:
+    """Until all are done, or one has failed and the others have stopped; raises what went wrong first."""
+    try:
+        wait(jobs, return_when=FIRST_EXCEPTION)
+    finally:  # an interrupt from the keyboard arrives here too
+        if not all(job.done() and not job.cancelled() and job.exception() is None for job in jobs):
+            stopped.set()
+            for job in jobs:
+                job.cancel()
+    failures = [error for job in jobs if not job.cancelled() and (error := job.exception()) is not None]
+    for error in failures:
+        if not isinstance(error, Stopped):
+            raise error
+
+
+def _write_file(job: Job, file: PlannedFile, staged: Staged, progress: Progress, stopped: threading.Event) -> None:
+    with FileWriter(staged.content / file.name, progress, stopped) as out:
+        out.write(file.head)
+        for unit, tensors in _read_ahead(file.units, job.read):
+            for piece, parts in zip(unit.pieces, job.recipe.make(unit, tensors), strict=True):
+                for content in job.target.encode(unit, piece, parts):
+                    out.write(content)
+        made = out.finish()
+    if made.num_bytes != file.num_bytes:
+        raise RuntimeError(f"{file.name} has {made.num_bytes} bytes, {file.num_bytes} were planned")
+    staged.record(file.name, made)
+
+
+def _read_ahead(units: Sequence[Unit], read: Callable[[Ref], torch.Tensor]) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
+    """Units with their source tensors; the next unit's are read while one is written, and what two neighbours share is read once."""
+    held: dict[Ref, torch.Tensor] = {}
+
+    def load(unit: Unit) -> list[torch.Tensor]:
+        nonlocal held
+        held = {ref: held[ref] if ref in held else read(ref) for ref in unit.sources}
+        return [held[ref] for ref in unit.sources]
+
+    with ThreadPoolExecutor(1) as reader:
+        following = [*units[1:], None]
+        coming = reader.submit(load, units[0]) if units else None
+        for unit, after in zip(units, following, strict=False):
+            assert coming is not None
+            tensors = coming.result()
+            coming = reader.submit(load, after) if after is not None else None
+            yield unit, tensors
+            del tensors
+
+
+def _hash_source(name: str, path: Path, staged: Staged, stopped: threading.Event) -> None:
+    if not stopped.is_set():
+        staged.record(_SOURCE + name, FileRecord(path.stat().st_size, sha256_of(path)))
+
+
+def _complete(job: Job, staged: Staged) -> dict[str, Any] | None:
+    records = {file.name: _finished(staged, file) for file in job.target.files}
+    sources = {name: staged.recorded(_SOURCE + name) for name in job.source_files}
+    missing = [name for name, found in [*records.items(), *sources.items()] if found is None]
+    if missing:
+        raise RuntimeError(f"not written, though every rank is done: {', '.join(missing)}; do all ranks see {staged.out.parent}?")
+    hashes = {name: found.sha256 for name, found in records.items() if found is not None}
+    job.complete(staged.content, {**hashes, **job.target.finish(staged.content)}, {name: found.sha256 for name, found in sources.items() if found is not None})
+    return job.accept(staged.content) if job.accept is not None else None

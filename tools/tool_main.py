@@ -1,0 +1,49 @@
+"""How a command of this folder ends: its answer as text or JSON, a user's mistake as a sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, EXIT_REFUSED, UserError
+
+
+def finish(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any] | None], describe: Callable[[dict[str, Any]], str]) -> int:
+    """Run a command and print what it returns (None prints nothing); returns the exit code.
+
+    A result whose `passed` is false, or whose exit is otherwise a refusal, ends with EXIT_REFUSED.
+    """
+    try:
+        result = run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror or error}; the same command goes on where this one stopped", file=sys.stderr)
+        return EXIT_OTHER
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    if result is None:
+        return EXIT_DONE
+    print(json.dumps(result) if arguments.json else describe(result))
+    return EXIT_REFUSED if result.get("passed") is False else EXIT_DONE
+
+
+def lines(result: dict[str, Any], indent: str = "") -> str:
+    """A result as lines `name: value`."""
+    found = []
+    for name, value in result.items():
+        if value is None or value == []:
+            continue
+        if isinstance(value, dict):
+            found += [f"{indent}{name}:", lines(value, indent + "  ")]
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value) and name == "problems":
+            found += [f"{indent}{name}:", *(f"{indent}  {item}" for item in value)]
+        else:
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else value
+            found.append(f"{indent}{name}: {', '.join(map(str, shown)) if isinstance(shown, list) else shown}")
+    return "\n".join(found)
