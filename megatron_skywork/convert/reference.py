@@ -28,19 +28,34 @@ ORIGINAL_POSITIONS, LOW_TURNS, HIGH_TURNS = 8192, 1.0, 4.0
 class Forward:
     """Runs one sequence through a checkpoint, step by step, so that two checkpoints can be run side by side.
 
-    `Forward`, then `advance` for every layer of `layers()`, then `logits_TC`.
+    `Forward`, then `advance` for every layer of `layers()`, then `logits_TC`. A layer's halves are `attend` and `feed_forward`, with `ffn_input_TH` between.
+
+    Args:
+        embedded_TH: the tokens' rows of the embedding, where they have been read already.
     """
 
-    def __init__(self, weights: Layers, tokens_T: Tensor):
+    def __init__(self, weights: Layers, tokens_T: Tensor, embedded_TH: Tensor | None = None):
         self.weights, self.model, self.moe = weights, weights.model, weights.moe
-        self.hidden_TH = weights.embed(tokens_T)
+        self.hidden_TH = weights.embed(tokens_T) if embedded_TH is None else embedded_TH
         angles = rotary(len(tokens_T), self.model.resolved_head_dim, self.model.rope_theta, self.model.rope_scaling_factor)
         self._cos_T1D, self._sin_T1D = (part.to(self.hidden_TH.dtype) for part in angles)
 
     def advance(self, layer: Layer) -> Tensor:
         """One layer; returns the residual stream behind it, [T, H]."""
+        self.attend(layer)
+        return self.feed_forward(layer)
+
+    def attend(self, layer: Layer) -> None:
+        """The first half of a layer: the residual stream behind its attention."""
         self.hidden_TH = self.hidden_TH + self._attention(layer, self._norm(self.hidden_TH, layer.attention_norm_H))
-        self.hidden_TH = self.hidden_TH + self._feed_forward(layer, self._norm(self.hidden_TH, layer.ffn_norm_H))
+
+    def ffn_input_TH(self, layer: Layer) -> Tensor:
+        """After `attend`: what goes into the layer's feed-forward and, where it is a mixture, into its router."""
+        return self._norm(self.hidden_TH, layer.ffn_norm_H)
+
+    def feed_forward(self, layer: Layer) -> Tensor:
+        """The second half; returns the residual stream behind the layer, [T, H]."""
+        self.hidden_TH = self.hidden_TH + self._feed_forward(layer, self.ffn_input_TH(layer))
         return self.hidden_TH
 
     def logits_TC(self) -> Iterator[Tensor]:

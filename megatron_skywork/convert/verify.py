@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_skywork.convert.checkpoint_folder import HF_FOLDER, MANIFEST, check_plain, describe, is_ours
+from megatron_skywork.convert.checkpoint_folder import MANIFEST, check_plain, describe, is_ours
 from megatron_skywork.convert.compare_names import check_ours
 from megatron_skywork.convert.hf_files import read_json
 from megatron_skywork.convert.mcore_files import DistributedReader
@@ -24,6 +24,7 @@ from megatron_skywork.convert.reference import Forward
 from megatron_skywork.convert.reference_weights import HfLayers, Layers, OurLayers
 from megatron_skywork.convert.sample_text import SAMPLE
 from megatron_skywork.convert.sources import open_source
+from megatron_skywork.convert.text_tokens import encode, find_tokenizer, ids_tensor
 from megatron_skywork.errors import CheckpointError
 
 TOLERANCE = 1e-4
@@ -51,33 +52,17 @@ def tokens_for(folder: Path | str, vocab_size: int, text: str | None = None, cou
     """
     if count < 1:
         raise CheckpointError(f"{count} tokens to compare on; at least one is needed")
-    folders = (Path(folder), Path(folder) / HF_FOLDER)
-    tokenizer = next((path for name in ("tokenizer.json", "tokenizer.model") for path in (place / name for place in folders) if path.is_file()), None)
+    tokenizer = find_tokenizer(folder)
     if tokenizer is None:
         if text is not None:
             raise CheckpointError(
                 f"{folder}: has neither tokenizer.json nor tokenizer.model, so text cannot be made into tokens; leave the text out to compare on random tokens"
             )
         return Tokens(torch.randint(0, vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist(), RANDOM)
-    ids = _encode(tokenizer, SAMPLE if text is None else text)[:count]
+    ids = encode(tokenizer, [SAMPLE if text is None else text])[0][:count]
     if not ids:
         raise CheckpointError("the text to compare on gives no tokens")
     return Tokens(ids, SAMPLED if text is None else GIVEN)
-
-
-def _encode(tokenizer: Path, text: str) -> list[int]:
-    try:
-        if tokenizer.suffix == ".json":
-            from tokenizers import Tokenizer
-
-            return Tokenizer.from_file(str(tokenizer)).encode(text).ids
-        from sentencepiece import SentencePieceProcessor
-
-        return list(SentencePieceProcessor(model_file=str(tokenizer)).encode(text))
-    except ImportError as error:
-        raise CheckpointError(f"{tokenizer}: needs the package {error.name}; install it, or compare on tokens of your own") from error
-    except Exception as error:  # both libraries raise bare exceptions for a damaged file
-        raise CheckpointError(f"{tokenizer}: cannot be used as a tokenizer ({type(error).__name__}: {error})") from error
 
 
 def open_layers(folder: Path | str, dtype: torch.dtype) -> Layers:
@@ -159,12 +144,9 @@ def _check_pair(dense: Path | str, left: Layers, other: Path | str, right: Layer
 
 
 def _checked(tokens: Tokens, vocab_size: int) -> torch.Tensor:
-    tokens_T = torch.tensor(tokens.ids, dtype=torch.int64)
-    if not len(tokens_T):
+    if not tokens.ids:
         raise CheckpointError("no tokens to compare on")
-    if int(tokens_T.min()) < 0 or int(tokens_T.max()) >= vocab_size:
-        raise CheckpointError(f"token ids lie between {int(tokens_T.min())} and {int(tokens_T.max())}, and the model knows 0 to {vocab_size - 1}")
-    return tokens_T
+    return ids_tensor(tokens.ids, vocab_size)
 
 
 def _relative(dense_TH: torch.Tensor, other_TH: torch.Tensor) -> float:
