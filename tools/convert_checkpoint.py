@@ -59,6 +59,7 @@ def add_writers(commands: Any) -> None:
     for command in writers:
         command.add_argument("--out", required=True, metavar="DIR", help="folder to write; absent or complete, never half")
         command.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --out")
+        command.add_argument("--check-finite", action="store_true", help="refuse a source that has NaN or infinite numbers")
         command.add_argument("--workers", type=int, default=2, metavar="N", help="files written at the same time (default 2)")
 
 
@@ -110,7 +111,7 @@ def write(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.workers < 1:
         raise ConfigError(f"--workers={arguments.workers}: must be 1 or more")
     ranks = Ranks.from_environment()
-    options = Options(arguments.workers, arguments.overwrite, sys.stderr, ranks)
+    options = Options(arguments.workers, arguments.overwrite, arguments.check_finite, sys.stderr, ranks)
     try:
         if arguments.command == "import":
             from megatron_skywork.convert.import_hf import import_hf

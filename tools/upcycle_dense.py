@@ -82,6 +82,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verify-text", metavar="TEXT", help="with --verify: text to compare on (default: a page of English, code and Chinese)")
     group.add_argument("--verify-tokens", type=int, default=256, metavar="N", help="with --verify: tokens to compare on (default 256)")
     group.add_argument("--precision", default="fp32", choices=["fp32", "fp64"], help="with --verify: what to compute in (default fp32)")
+    group.add_argument("--check-finite", action="store_true", help="refuse a dense model that has NaN or infinite numbers")
     group.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --out")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     ranks = Ranks.from_environment()
     try:
         result = upcycle(
-            arguments.dense, arguments.out, options, output, Options(arguments.workers, arguments.overwrite, sys.stderr, ranks),
+            arguments.dense, arguments.out, options, output, Options(arguments.workers, arguments.overwrite, arguments.check_finite, sys.stderr, ranks),
             accept=(lambda folder: compared(arguments, folder)) if arguments.verify else None,
             routers=(lambda moe: ranks.from_first(lambda: router_rows(arguments, moe))) if arguments.router_init == "text" else None,
         )  # fmt: skip

@@ -22,10 +22,11 @@ from megatron_skywork.convert.streaming.ranks import Ranks
 from megatron_skywork.convert.streaming.staged import Staged
 from megatron_skywork.convert.streaming.targets import PlannedFile, Target
 from megatron_skywork.convert.streaming.units import Recipe, Ref, Unit
-from megatron_skywork.errors import UserError
+from megatron_skywork.errors import CheckpointError, UserError
 
 DEFAULT_WORKERS = 2
 _SOURCE = "source/"
+Read = Callable[[Ref], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Job:
     label: str
     recipe: Recipe
     target: Target
-    read: Callable[[Ref], torch.Tensor]
+    read: Read
     decides: dict[str, Any]
     source_files: dict[str, Path]
     complete: Callable[[Path, Mapping[str, str], Mapping[str, str]], None]
@@ -63,12 +64,14 @@ class Options:
     Attributes:
         workers: files that this process writes at the same time.
         overwrite: replace a checkpoint.
+        finite: refuse a source tensor with NaN or infinite numbers.
         progress: where progress goes.
         ranks: the processes that share the work.
     """
 
     workers: int = DEFAULT_WORKERS
     overwrite: bool = False
+    finite: bool = False
     progress: TextIO | None = None
     ranks: Ranks = field(default_factory=Ranks)
 
@@ -153,7 +156,8 @@ def _write_share(job: Job, staged: Staged, options: Options) -> None:
     torch.set_num_threads(max(1, threads // options.workers))
     try:
         with ThreadPoolExecutor(options.workers) as writers, ThreadPoolExecutor(1) as hasher:
-            jobs: list[Future[None]] = [writers.submit(_write_file, job, file, staged, bar, stopped) for file in files]
+            read = _finite(job.read) if options.finite else job.read
+            jobs: list[Future[None]] = [writers.submit(_write_file, job, file, read, staged, bar, stopped) for file in files]
             jobs += [hasher.submit(_hash_source, name, path, staged, stopped) for name, path in sources]
             _wait(jobs, stopped)
     finally:
@@ -176,10 +180,22 @@ def _wait(jobs: Sequence[Future[None]], stopped: threading.Event) -> None:
             raise error
 
 
-def _write_file(job: Job, file: PlannedFile, staged: Staged, progress: Progress, stopped: threading.Event) -> None:
+def _finite(read: Read) -> Read:
+    """The same, but for a tensor that has numbers which are none."""
+
+    def checked(ref: Ref) -> torch.Tensor:
+        tensor = read(ref)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{ref[1]}: has NaN or infinite numbers; the source is damaged, or was trained to that (leave out --check-finite to convert it)")
+        return tensor
+
+    return checked
+
+
+def _write_file(job: Job, file: PlannedFile, read: Read, staged: Staged, progress: Progress, stopped: threading.Event) -> None:
     with FileWriter(staged.content / file.name, progress, stopped) as out:
         out.write(file.head)
-        for unit, tensors in _read_ahead(file.units, job.read):
+        for unit, tensors in _read_ahead(file.units, read):
             for piece, parts in zip(unit.pieces, job.recipe.make(unit, tensors), strict=True):
                 for content in job.target.encode(unit, piece, parts):
                     out.write(content)
@@ -189,7 +205,7 @@ def _write_file(job: Job, file: PlannedFile, staged: Staged, progress: Progress,
     staged.record(file.name, made)
 
 
-def _read_ahead(units: Sequence[Unit], read: Callable[[Ref], torch.Tensor]) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
+def _read_ahead(units: Sequence[Unit], read: Read) -> Iterator[tuple[Unit, list[torch.Tensor]]]:
     """Units with their source tensors; the next unit's are read while one is written, and what two neighbours share is read once."""
     held: dict[Ref, torch.Tensor] = {}
 
