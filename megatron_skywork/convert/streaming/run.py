@@ -186,7 +186,7 @@ def _finite(read: Read) -> Read:
     def checked(ref: Ref) -> torch.Tensor:
         tensor = read(ref)
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{ref[1]}: has NaN or infinite numbers; the source is damaged, or was trained to that (leave out --check-finite to convert it)")
+            raise CheckpointError(f"{ref[1]}: has NaN or infinite numbers; the source is damaged (leave out --check-finite to convert it all the same)")
         return tensor
 
     return checked
