@@ -38,6 +38,8 @@ from megatron_skywork.errors import CheckpointError
 # 0.16 needs all four entries; 0.19 drops the two it no longer knows.
 BACKEND_CONTENT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 FILE_BYTES = 4 << 30
+# What torch.save writes around a tensor's numbers is a few thousand bytes.
+_RECORD_BYTES = 1 << 20
 
 
 class DistributedWriter:
@@ -164,6 +166,12 @@ class DistributedReader:
         place = index.storage_data.get(MetadataIndex(key, chunk.offsets))
         if place is None:
             raise CheckpointError(f"{self.folder / METADATA}: no place for {key} at {tuple(chunk.offsets)}; the index is damaged")
+        dtype = self.tensors[key].dtype
+        if place.length > numel(tuple(chunk.sizes)) * dtype.itemsize + _RECORD_BYTES:
+            raise CheckpointError(
+                f"{self.folder / METADATA}: the place of {key} at {tuple(chunk.offsets)} has {place.length:,} bytes, many more than the box needs; "
+                "the index is damaged"
+            )
         return place
 
     def read(self, key: str, offset: Shape | None = None, shape: Shape | None = None) -> torch.Tensor:
