@@ -91,7 +91,6 @@ def nested_key() -> bytes:
     return b"\x80\x02})" + b"q\x01h\x01\x86" * 60 + b"K\x01s."
 
 
-numbers = numpy.arange(3, dtype=numpy.uint32)
 CLAIMS: dict[str, Callable[[], bytes]] = {
     "an array of bytes": lambda: archive({NAME: Call(bytearray, 1 << 33)}),
     "a tensor of a length": lambda: archive({NAME: Call(torch.FloatTensor, 1 << 31)}),
@@ -102,7 +101,7 @@ CLAIMS: dict[str, Callable[[], bytes]] = {
     "a longer storage": lambda: archive({NAME: torch.zeros(16)}, {"data/0": b"\0" * 60}),
     "no storage": lambda: archive({NAME: torch.zeros(16)}, {"data.pkl": pickled_storage("1", 16)}),
     "a huge storage": lambda: archive({NAME: torch.zeros(16)}, {"data.pkl": pickled_storage("0", 1 << 40)}),
-    "an array whose flags say addresses": lambda: archive({NAME: Call(*numbers.dtype.__reduce__()[:2], state=(3, "<", None, None, None, -1, -1, 63))}),
+    "an array whose flags say addresses": lambda: archive({NAME: Call(numpy.dtype, "u4", False, True, state=(3, "<", None, None, None, -1, -1, 63))}),
     "an array of objects": lambda: archive({NAME: numpy.array([[], {}], dtype=object)}),
     "a pickle that is too large": lambda: archive({NAME: 1}, {"data.pkl": b"\x80\x02N." + b"\0" * (40 << 20)}),
 }
@@ -162,7 +161,7 @@ def test_old_files_that_claim_more_than_they_hold(copies: dict[str, Path]):
     content = path.read_bytes()
     assert content.count(b"cpuq\x06K\x10") == 1
     path.write_bytes(content.replace(b"cpuq\x06K\x10", b"cpuq\x06" + pickle.dumps(1 << 40, protocol=2)[2:-1]))
-    assert "claim" in refused(copies["bin"])
+    assert "its tensors claim" in refused(copies["bin"])
     with tarfile.open(path, "w") as file:
         file.add(copies["bin"] / "config.json", "storages")
     assert "tar archive" in refused(copies["bin"])
