@@ -20,6 +20,10 @@ class UserError(Exception):
 
     exit_code = EXIT_OTHER
 
+    def __str__(self) -> str:
+        # Names from a stranger's file are quoted; a terminal would obey the control characters in them, and half a character cannot be written at all.
+        return "".join(letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode() for letter in super().__str__())
+
 
 class ConfigError(UserError):
     """One or more settings are wrong. All problems of one configuration are reported together.

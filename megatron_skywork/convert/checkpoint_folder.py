@@ -21,8 +21,10 @@ from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.config.yaml_strict import read_yaml, write_yaml
 from megatron_skywork.convert.hf_files import read_json
 from megatron_skywork.convert.layouts import numel
-from megatron_skywork.convert.marker import list_files, sealed
+from megatron_skywork.convert.marker import check_link, list_files, sealed
+from megatron_skywork.convert.shown import first_lines, shown
 from megatron_skywork.convert.table import moe_layers, weights
+from megatron_skywork.convert.text_files import LARGEST_YAML_BYTES, text_of
 from megatron_skywork.errors import CheckpointError
 
 MODEL_FILE = "model.yaml"
@@ -65,16 +67,19 @@ def describe(folder: Path | str) -> tuple[Model, Moe | None]:
     path = next((folder / name for name in (MODEL_FILE, CONFIG_FILE) if (folder / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{folder}: neither {MODEL_FILE} nor {CONFIG_FILE} is there, so nothing says what model this is")
-    document = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    document = read_yaml(text_of(path, LARGEST_YAML_BYTES), str(path))
     if document.problems:
-        raise CheckpointError("\n".join(document.problems))
+        raise CheckpointError("\n".join(first_lines(document.problems)))
     values = document.values if isinstance(document.values, dict) else {}
     try:
-        model = Model(**values.get("model", {}))
-        moe = None if values.get("moe") is None else Moe(**values["moe"])
+        model = Model.model_validate(values.get("model", {}))
+        moe = None if values.get("moe") is None else Moe.model_validate(values["moe"])
     except ValidationError as error:
         lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
-        raise CheckpointError(f"{path}: the sections model and moe do not describe a model:\n" + "\n".join(lines)) from error
+        raise CheckpointError(f"{path}: the sections model and moe do not describe a model:\n" + "\n".join(first_lines(lines))) from error
+    if moe is not None and moe.layers is not None and not set(moe.layers) & set(range(model.num_layers)):
+        raise CheckpointError(f"{path}: moe.layers={shown(moe.layers)} names none of the {model.num_layers} layers, so there is no mixture of experts; "
+                              "name some, or leave out moe")  # fmt: skip
     return model, moe
 
 
@@ -87,9 +92,15 @@ def check_plain(folder: Path | str) -> None:
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
         return
-    values = read_yaml(path.read_text(encoding="utf-8"), str(path)).values
-    passed = (values.get("megatron") or {}) if isinstance(values, dict) else {}
-    changed = [f"megatron.{name}={value!r}" for name, value in passed.items() if name in CHANGES_FORWARD and value not in (None, False, CHANGES_FORWARD[name])]
+    values = read_yaml(text_of(path, LARGEST_YAML_BYTES), str(path)).values
+    passed = values.get("megatron") if isinstance(values, dict) else None
+    if not isinstance(passed, dict):
+        return
+    changed = [
+        f"megatron.{name}={shown(value)}"
+        for name, value in passed.items()
+        if name in CHANGES_FORWARD and value not in (None, False, CHANGES_FORWARD[name])
+    ]
     if changed:
         raise CheckpointError(f"{path}: the model was trained with {', '.join(changed)}, which a Hugging Face folder cannot express")
 
@@ -121,11 +132,16 @@ def count_parameters(model: Model, moe: Moe | None) -> dict[str, int]:
 
 
 def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES) -> list[str]:
-    """Copy the small files that an export needs again; returns the names that were there."""
+    """Copy the small files that an export needs again; returns the names that were there.
+
+    Raises:
+        CheckpointError: one is a link out of the folder; a copy would give away what it leads to.
+    """
     found = [name for name in names if (source / name).is_file()]
     if found:
         target.mkdir(exist_ok=True)
     for name in found:
+        check_link(source, source / name)
         shutil.copyfile(source / name, target / name)
     return found
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.config_json import ARCHITECTURES, LLAMA3_ROPE, write_config
+from megatron_skywork.convert.shown import first_lines, shown
 from megatron_skywork.convert.table import moe_layers
 from megatron_skywork.errors import CheckpointError
 
@@ -28,7 +29,10 @@ _OLD = ("llama", "skywork", "skywork_moe")
 _WHOLE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
           "num_experts_per_tok", "decoder_sparse_step")  # fmt: skip
 _NUMBERS = ("rope_theta", "rms_norm_eps", "initializer_range", "model_init_std", "moe_gate_norm_std", "moe_gate_norm_eps")
-_LISTS, _OBJECTS = ("mlp_only_layers",), ("rope_scaling", "rope_parameters")
+_LISTS, _OBJECTS = ("mlp_only_layers", "moe_layer_indices"), ("rope_scaling", "rope_parameters")
+# Floating point has no room for larger ones, and no key that is calculated with is near.
+_LARGEST_NUMBER = 1 << 63
+_LONGEST_LIST = 10_000
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 __all__ = ["ARCHITECTURES", "DENSE", "SPARSE", "Description", "choose_family", "read_config", "same_model", "why_not", "write_config"]
@@ -70,7 +74,7 @@ class _Keys:
     def refuse(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
         value = self.config.get(key)
         if value is not None and value not in allowed:
-            self.problems.append(f"{key}={value!r}: {why}")
+            self.problems.append(f"{key}={shown(value)}: {why}")
 
 
 def read_config(config: dict[str, Any], where: str = "config.json") -> Description:
@@ -114,8 +118,8 @@ def read_config(config: dict[str, Any], where: str = "config.json") -> Descripti
     try:
         sections = Model(**model), None if moe is None else Moe(**moe)
     except ValidationError as error:
-        lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']} (found {item['input']!r})" for item in error.errors()]
-        raise CheckpointError(f"{where}: settings that make no model:\n" + "\n".join(lines)) from error
+        lines = [f"  {'.'.join(str(part) for part in item['loc'])}: {item['msg']} (found {shown(item['input'])})" for item in error.errors()]
+        raise CheckpointError(f"{where}: settings that make no model:\n" + "\n".join(first_lines(lines))) from error
     return Description(family, *sections, {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None}, notes)
 
 
@@ -125,7 +129,7 @@ def _family(config: dict[str, Any], where: str) -> str:
         return "skywork_moe"
     if name in DENSE + SPARSE:
         return str(name)
-    raise CheckpointError(f"{where}: model_type={name!r} is not supported; supported are {', '.join(DENSE + SPARSE)}")
+    raise CheckpointError(f"{where}: model_type={shown(name)} is not supported; supported are {', '.join(DENSE + SPARSE)}")
 
 
 def _check_types(config: dict[str, Any], where: str) -> None:
@@ -134,13 +138,23 @@ def _check_types(config: dict[str, Any], where: str) -> None:
         ("a whole number", int, _WHOLE), ("a number", (int, float), _NUMBERS), ("a list", list, _LISTS), ("an object", dict, _OBJECTS)
     ]  # fmt: skip
     wrong = [
-        f"{key}={config[key]!r}: must be {words}"
+        f"{key}={shown(config[key])}: must be {words}"
         for words, kind, names in kinds
         for key in names
         if config.get(key) is not None and (not isinstance(config[key], kind) or isinstance(config[key], bool))
     ]
+    for name, value in [(key, config.get(key)) for key in _WHOLE + _NUMBERS] + _inner_values(config):
+        if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER:
+            wrong.append(f"{name}={shown(value)}: is beyond any number a model has")
+    for key in _LISTS:
+        if isinstance(config.get(key), list) and len(config[key]) > _LONGEST_LIST:
+            wrong.append(f"{key}: has {len(config[key]):,} items, more than any model has layers")
     if wrong:
-        raise CheckpointError(f"{where}: settings that make no model:\n" + "\n".join("  " + line for line in wrong))
+        raise CheckpointError(f"{where}: settings that make no model:\n" + "\n".join("  " + line for line in first_lines(wrong)))
+
+
+def _inner_values(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(f"{key}.{name}", value) for key in _OBJECTS if isinstance(config.get(key), dict) for name, value in config[key].items()]
 
 
 def _expert_count(value: Any) -> int:
@@ -161,16 +175,16 @@ def _rope(keys: _Keys, family: str) -> tuple[float, float | None]:
     rope = {**old, **new}
     kind, scaling = rope.get("rope_type") or "default", None
     if any(isinstance(value, dict) for value in rope.values()):
-        keys.problems.append(f"rope_parameters={rope!r}: layers with different rotary positions are not supported")
+        keys.problems.append(f"rope_parameters={shown(rope)}: layers with different rotary positions are not supported")
     elif kind == "llama3":
         scaling = _llama3_factor(keys, rope)
     elif kind != "default":
-        keys.problems.append(f"rope type {kind!r}: only plain rotary positions and Llama 3.1's (llama3) are supported")
+        keys.problems.append(f"rope type {shown(kind)}: only plain rotary positions and Llama 3.1's (llama3) are supported")
     if rope.get("partial_rotary_factor", keys.config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         keys.problems.append("partial_rotary_factor: only full rotary positions are supported")
     keys.refuse("rope_interleaved", (False,), "only the half-rotation form of rotary positions is supported")
     if not isinstance(rope.get("rope_theta", 1.0), int | float):
-        keys.problems.append(f"rope_theta={rope.pop('rope_theta')!r}: must be a number")
+        keys.problems.append(f"rope_theta={shown(rope.pop('rope_theta'))}: must be a number")
     theta = rope.get("rope_theta") or (keys.get("rope_theta", 10000.0) if family in _OLD else keys.need("rope_theta"))
     return float(theta), scaling
 
@@ -180,7 +194,7 @@ def _llama3_factor(keys: _Keys, rope: dict[str, Any]) -> float | None:
     factor = rope.get("factor")
     if found != LLAMA3_ROPE or not isinstance(factor, int | float) or factor < 1:
         wanted = ", ".join(f"{name}={value:g}" for name, value in LLAMA3_ROPE.items())
-        keys.problems.append(f"rope type 'llama3' with {', '.join(f'{name}={value}' for name, value in {'factor': factor, **found}.items())}: "
+        keys.problems.append(f"rope type 'llama3' with {', '.join(f'{name}={shown(value)}' for name, value in {'factor': factor, **found}.items())}: "
                              f"only {wanted} and a factor of 1 or more are supported")  # fmt: skip
         return None
     return float(factor) if factor > 1 else None
@@ -232,9 +246,9 @@ def _qwen_moe(keys: _Keys, family: str) -> dict[str, Any]:
         moe |= dict(shared_expert_ffn_hidden_size=keys.need("shared_expert_intermediate_size"), shared_expert_gate=True)
     # The section refuses absurd numbers of layers; none of them becomes a list here.
     count, step, dense = min(keys.config.get("num_hidden_layers") or 0, 10_000), keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
-    layers = [layer for layer in range(count) if layer not in dense and step > 0 and (layer + 1) % step == 0]
+    layers = [layer for layer in sorted(set(range(count)).difference(item for item in dense if isinstance(item, int))) if step > 0 and (layer + 1) % step == 0]
     if count and not layers:
-        keys.problems.append(f"decoder_sparse_step={step}, mlp_only_layers={dense!r}: no layer is left a mixture of experts")
+        keys.problems.append(f"decoder_sparse_step={step}, mlp_only_layers={shown(dense)}: no layer is left a mixture of experts")
     if len(layers) < count:
         moe["layers"] = layers
     return moe
@@ -243,8 +257,8 @@ def _qwen_moe(keys: _Keys, family: str) -> dict[str, Any]:
 def _skywork_moe(keys: _Keys) -> dict[str, Any]:
     experts = keys.need("num_experts")
     counts = experts if isinstance(experts, list) else [experts]
-    if len(set(counts)) != 1:
-        keys.problems.append(f"num_experts={experts!r}: layers with different numbers of experts are not supported")
+    if not counts or any(count != counts[0] for count in counts):
+        keys.problems.append(f"num_experts={shown(experts)}: layers with different numbers of experts are not supported")
     moe = dict(num_experts=counts[0] if counts else 0, topk=keys.get("num_experts_per_tok", 2), gate_norm=bool(keys.get("moe_use_logits_norm", False)))
     if keys.get("initializer_range", 0.01):
         moe["router_init_std"] = float(keys.get("initializer_range", 0.01))
@@ -262,6 +276,9 @@ def _skywork_moe(keys: _Keys) -> dict[str, Any]:
     ):
         if keys.config.get(theirs) is not None:
             moe[ours] = keys.config[theirs]
+    count = keys.config.get("num_hidden_layers") or 0
+    if "layers" in moe and not any(isinstance(layer, int) and layer < count for layer in moe["layers"]):
+        keys.problems.append(f"moe_layer_indices={shown(moe['layers'])}: no layer is left a mixture of experts")
     return moe
 
 

@@ -7,7 +7,6 @@ File names in an index stay inside the folder.
 from __future__ import annotations
 
 import json
-import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_skywork.convert.marker import inside
+from megatron_skywork.convert.marker import check_link, inside
 from megatron_skywork.convert.read_bytes import read_part, read_tensor
+from megatron_skywork.convert.safe_archive import load_tensors
+from megatron_skywork.convert.shown import first_lines
 from megatron_skywork.convert.tensors import TensorInfo
+from megatron_skywork.convert.text_files import json_object
 from megatron_skywork.errors import CheckpointError
 
 SAFETENSORS_DTYPES = {
@@ -61,13 +63,14 @@ class HfReader:
             problems += [f"{name}: in the index for {path.name}, and not in that file" for name, path in listed.items() if self._file_of.get(name) != path]
             problems += [f"{name}: in {self._file_of[name].name}, and not in the index" for name in self.tensors if name not in listed]
         if problems:
-            raise CheckpointError(f"{self.folder}: the weights are incomplete or damaged:\n" + "\n".join("  " + line for line in problems))
+            raise CheckpointError(f"{self.folder}: the weights are incomplete or damaged:\n" + "\n".join("  " + line for line in first_lines(problems)))
 
     def _find(self) -> tuple[list[Path], dict[str, Path] | None, bool]:
         for name, safe in _INDEXED[:1] + _SINGLE[:1] + _INDEXED[1:] + _SINGLE[1:]:
             path = self.folder / name
             if not path.is_file():
                 continue
+            check_link(self.folder, path)
             if not name.endswith(".json"):
                 return [path], None, safe
             content = read_json(path)
@@ -108,7 +111,7 @@ class HfReader:
     def _bin(self, path: Path) -> dict[str, Any]:
         """A `.bin` shard, mapped; one at a time is enough."""
         if self._mapped is None or self._mapped[0] != path or self._read_bytes > _MAPPED_BYTES:
-            self._mapped, self._read_bytes = (path, _load_bin(path)), 0
+            self._mapped, self._read_bytes = (path, load_tensors(path)), 0
         return self._mapped[1]
 
     def read(self, name: str) -> torch.Tensor:
@@ -139,31 +142,6 @@ def _open_safetensors(path: Path) -> Any:
         raise CheckpointError(f"{path.name}: not a sound safetensors file ({error})") from error
 
 
-def _load_bin(path: Path) -> dict[str, Any]:
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)  # files older than torch 1.6 cannot be mapped
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path.name}: holds more than tensors, so it was not loaded; convert it to safetensors where you trust it") from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name}: holds a {type(content).__name__}, not tensors by name")
-    return content
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(content).__name__}")
-    return content
+    return json_object(path)

@@ -1,13 +1,13 @@
 """What the index of a distributed checkpoint must satisfy before anything is allocated or read by it.
 
-A box lies inside its tensor, its bytes inside its file, a tensor's boxes do not overlap, and no box has more bytes than its place in the file. So a tensor of
-the index is never larger than what lies on the disk, whatever shape it claims. Everything wrong is collected, and the first lines of it shown.
+A box lies inside its tensor, its bytes inside its file; a tensor's boxes cover it, do not overlap, and have no more bytes than their places in the files, each
+byte counted once. So a tensor of the index is never larger than what lies on the disk, whatever shape it claims. Everything wrong is collected, and the first
+lines of it shown.
 """
 
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_skywork.convert.marker import inside
+from megatron_skywork.convert.shown import first_lines, shown
 from megatron_skywork.errors import CheckpointError
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 _SHOWN_PROBLEMS = 20
 # Boxes that no straight cut separates are compared pair by pair; nothing writes more than a few such.
 _PAIRWISE = 256
-
-_brief = reprlib.Repr()
-_brief.maxlevel, _brief.maxstring, _brief.maxother = 2, 80, 80
-
-
-def shown(value: Any) -> str:
-    """A value from a file in a few words: one of nested references could be exponentially long, a number have a million digits."""
-    if isinstance(value, int) and abs(value) >= 1 << 64:
-        return f"a number of {value.bit_length()} bits"
-    return _brief.repr(value)
 
 
 def check_index(folder: Path, name: str, index: Any) -> None:
@@ -54,9 +45,10 @@ def check_index(folder: Path, name: str, index: Any) -> None:
         if len(problems) > _SHOWN_PROBLEMS:
             break
     if problems:
-        more = len(problems) - _SHOWN_PROBLEMS
-        lines = problems[:_SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise CheckpointError(f"{folder / name}: " + ("; ".join(lines) if len(lines) == 1 else "does not fit:\n" + "\n".join("  " + line for line in lines)))
+        lines = first_lines(problems, _SHOWN_PROBLEMS)
+        if len(lines) == 1:
+            raise CheckpointError(f"{folder / name}: {lines[0]}; the checkpoint is damaged")
+        raise CheckpointError(f"{folder / name}: does not fit its files; the checkpoint is damaged:\n" + "\n".join("  " + line for line in lines))
 
 
 def _wrong_places(folder: Path, name: str, places: dict[Any, Any]) -> Iterator[str]:
@@ -93,7 +85,7 @@ def _wrong_entry(key: Any, entry: Any, places: dict[Any, Any]) -> Iterator[str]:
     if not _is_shape(size) or not isinstance(chunks, list) or not isinstance(dtype, torch.dtype):
         yield f"{shown(key)}: its record is damaged"
         return
-    boxes = []
+    boxes, used = [], []
     for chunk in chunks:
         box = _box(chunk, tuple(size))
         if box is None:
@@ -108,8 +100,26 @@ def _wrong_entry(key: Any, entry: Any, places: dict[Any, Any]) -> Iterator[str]:
             yield f"{shown(key)}: the box at {shown(box[0])} needs {shown(needed)} bytes, and its place has {place.length}"
             return
         boxes.append(box)
+        used.append((str(place.relative_path), place.offset, place.length))
     if not disjoint([box for box in boxes if math.prod(box[1])], len(size)):
         yield f"{shown(key)}: its boxes overlap"
+        return
+    elements, covered, held = math.prod(size), sum(math.prod(box[1]) for box in boxes), _distinct_bytes(used)
+    if covered != elements:
+        yield f"{shown(key)}: its boxes cover {shown(covered)} of {shown(elements)} elements"
+    elif covered * dtype.itemsize > held:
+        yield f"{shown(key)}: its boxes need {shown(covered * dtype.itemsize)} bytes, and share places of {held}"
+
+
+def _distinct_bytes(used: list[tuple[str, int, int]]) -> int:
+    """Bytes of files that at least one place takes."""
+    total, file, end = 0, "", 0
+    for name, offset, length in sorted(used):
+        if name != file:
+            file, end = name, 0
+        total += max(0, offset + length - max(offset, end))
+        end = max(end, offset + length)
+    return total
 
 
 def _is_shape(value: Any) -> bool:

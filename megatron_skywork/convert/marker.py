@@ -15,6 +15,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from megatron_skywork.convert.shown import first_lines
 from megatron_skywork.errors import CheckpointError
 
 MARKER = "complete.json"
@@ -73,7 +74,7 @@ def check_marker(folder: Path | str) -> dict[str, int]:
         elif path.stat().st_size != size:
             problems.append(f"{name}: {path.stat().st_size} bytes, {size} expected")
     if problems:
-        raise CheckpointError(f"{folder}: files differ from {MARKER}; the folder is damaged:\n" + "\n".join("  " + line for line in problems))
+        raise CheckpointError(f"{folder}: files differ from {MARKER}; the folder is damaged:\n" + "\n".join("  " + line for line in first_lines(problems)))
     return sizes
 
 
@@ -100,13 +101,22 @@ def list_files(folder: Path) -> list[str]:
 
 def inside(folder: Path, name: object, said_by: str) -> Path:
     """`folder / name`, where `name` was read from a file and must not lead out of the folder, by itself or by a link (see `check_link`)."""
-    if not isinstance(name, str) or not name or "\x00" in name:
+    if not isinstance(name, str) or not _is_name(name):
         raise CheckpointError(f"{folder}: {said_by} names the file {reprlib.repr(name)}, which is not a file name")
     parts = Path(name.replace("\\", "/")).parts
     if not parts or Path(name).is_absolute() or ".." in parts or name.startswith("\\") or ":" in parts[0]:
         raise CheckpointError(f"{folder}: {said_by} names the file {reprlib.repr(name)}, which lies outside the folder; nothing was read from it")
     check_link(folder, folder / name)
     return folder / name
+
+
+def _is_name(name: str) -> bool:
+    """Whether an operating system takes it: neither empty nor with a NUL or half a character in it, and not too long."""
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return bool(encoded) and b"\0" not in encoded and len(encoded) < 2048 and all(len(part) <= 255 for part in encoded.split(b"/"))
 
 
 def check_link(folder: Path, path: Path) -> None:

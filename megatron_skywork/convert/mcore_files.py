@@ -14,11 +14,16 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from megatron_skywork.convert.layouts import Shape, numel
 from megatron_skywork.convert.marker import check_marker
 from megatron_skywork.convert.read_bytes import read_part, read_tensor
-from megatron_skywork.convert.safe_pickle import METADATA, read_metadata, read_object
+from megatron_skywork.convert.safe_archive import read_object
+from megatron_skywork.convert.safe_pickle import METADATA, read_metadata
 from megatron_skywork.convert.streaming.torch_record import around
 from megatron_skywork.convert.table import OUR_STATE_SUFFIXES, OUR_WEIGHT_PREFIXES
 from megatron_skywork.convert.tensors import TensorInfo
 from megatron_skywork.errors import CheckpointError
+
+# What torch.save writes around a tensor's numbers is a few thousand bytes.
+_RECORD_BYTES = 1 << 20
+
 
 
 class DistributedReader:
@@ -50,6 +55,12 @@ class DistributedReader:
         place = index.storage_data.get(MetadataIndex(key, chunk.offsets))
         if place is None:
             raise CheckpointError(f"{self.folder / METADATA}: no place for {key} at {tuple(chunk.offsets)}; the index is damaged")
+        dtype = self.tensors[key].dtype
+        if place.length > numel(tuple(chunk.sizes)) * dtype.itemsize + _RECORD_BYTES:
+            raise CheckpointError(
+                f"{self.folder / METADATA}: the place of {key} at {tuple(chunk.offsets)} has {place.length:,} bytes, many more than the box needs; "
+                "the index is damaged"
+            )
         return place
 
     def read(self, key: str, offset: Shape | None = None, shape: Shape | None = None) -> torch.Tensor:

@@ -278,7 +278,7 @@ def _source(manifest: dict[str, Any], given: list[Path | str], found: _Findings,
         found.problems += [f"source {place}: {name} {'differs' if base / name in there else 'is missing'}" for name in min(wrong, key=len)]
 
 
-def _recorded(source: Any) -> Iterator[dict[str, str]]:
+def _recorded(source: Any) -> Iterator[dict[str, Any]]:
     """Every list of files with hashes, however deep: one source has one, experts from several models have several."""
     if isinstance(source, list):
         for item in source:
@@ -286,7 +286,7 @@ def _recorded(source: Any) -> Iterator[dict[str, str]]:
     elif isinstance(source, dict):
         files = source.get("files")
         if isinstance(files, dict) and files:
-            yield {name: entry["sha256"] if isinstance(entry, dict) else entry for name, entry in files.items()}
+            yield {name: entry.get("sha256") if isinstance(entry, dict) else entry for name, entry in files.items()}
         for name, item in source.items():
             if name != "files":
                 yield from _recorded(item)
