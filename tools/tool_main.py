@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -29,21 +30,40 @@ def finish(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], di
         return 130
     if result is None:
         return EXIT_DONE
-    print(json.dumps(result) if arguments.json else describe(result))
+    try:
+        print(json.dumps(result) if arguments.json else describe(result), flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_REFUSED if result.get("passed") is False else EXIT_DONE
 
 
 def lines(result: dict[str, Any], indent: str = "") -> str:
-    """A result as lines `name: value`."""
+    """A result as lines `name: value`; numbers by layer in one line, equal neighbours together."""
     found = []
     for name, value in result.items():
         if value is None or value == []:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value and all(key.isdigit() for key in value):
+            found.append(f"{indent}{name}: {_by_number(value)}")
+        elif isinstance(value, dict):
             found += [f"{indent}{name}:", lines(value, indent + "  ")]
-        elif isinstance(value, list) and all(isinstance(item, str) for item in value) and name == "problems":
+        elif name == "problems":
             found += [f"{indent}{name}:", *(f"{indent}  {item}" for item in value)]
         else:
-            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else value
-            found.append(f"{indent}{name}: {', '.join(map(str, shown)) if isinstance(shown, list) else shown}")
+            found.append(f"{indent}{name}: {', '.join(map(_shown, value)) if isinstance(value, list) else _shown(value) if name != 'seed' else value}")
     return "\n".join(found)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _by_number(values: dict[str, Any]) -> str:
+    """`0-29: 1` for thirty equal values."""
+    groups: list[tuple[str, str, str]] = []
+    for key, value in values.items():
+        if groups and groups[-1][2] == _shown(value):
+            groups[-1] = (groups[-1][0], key, groups[-1][2])
+        else:
+            groups.append((key, key, _shown(value)))
+    return ", ".join(f"{first if first == last else f'{first}-{last}'}: {value}" for first, last, value in groups)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any
 
 from megatron_skywork.errors import ConfigError
@@ -55,4 +56,10 @@ def _parameters(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def main(words: list[str]) -> int:
     """Run the command; returns its exit code."""
-    return finish(parse(words), run, lambda result: "\n".join(result["text"]))
+    return finish(parse(words), run, lambda result: "\n".join(wrapped(line) for line in result["text"]))
+
+
+def wrapped(line: str) -> str:
+    """A long line in lines of a terminal's width, under its own indentation."""
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(line.strip(), 120, initial_indent=indent, subsequent_indent=indent + "  ")
