@@ -138,7 +138,7 @@ def _offsets(path: Path) -> dict[str, int]:
 def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{path.name}: not a sound safetensors file ({error})") from error
 
 
