@@ -24,8 +24,6 @@ from megatron_skywork.convert.verify import open_layers
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in ("tests/unit", "tools"):
-    sys.path.insert(0, str(ROOT / folder))
 
 SHAPE = {
     "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,

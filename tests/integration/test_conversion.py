@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 from small_models import FAMILIES, ROOT, TOKENS, all_tensors, assert_same_tensors, hf_logits, make, our_logits, training_logits  # noqa: E402
 
-import convert_checkpoint  # noqa: E402  small_models has put tools/ on the path
+import convert_checkpoint  # noqa: E402
 import upcycle_dense  # noqa: E402
 from megatron_skywork.config.schema import Moe  # noqa: E402
 from megatron_skywork.convert.checkpoint_folder import describe  # noqa: E402
