@@ -261,6 +261,27 @@ def test_a_cast_while_resharding_leaves_the_router(folders: dict, tmp_path: Path
     assert same_bits(our_tensors(tmp_path / "out"), {name: value if name.endswith("router.weight") else value.bfloat16() for name, value in before.items()})
 
 
+def test_what_was_cut_leaves_as_what_was_not(folders: dict, tmp_path: Path):
+    """An export takes boxes together, casts all but the router, and gives back the small files it was given."""
+    assert convert_checkpoint.main(["export", "--checkpoint", str(folders["resharded"][0]), "--out", str(tmp_path / "hf")]) == 0
+    exported, dense = folders["exported"][0], folders["imported"][1][0]
+    assert_same_tensors(tmp_path / "hf", exported)
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (dense / name).read_bytes() == (exported / name).read_bytes()
+    for word, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert convert_checkpoint.main(["export", "--checkpoint", str(folders["resharded"][0]), "--out", str(tmp_path / word), "--dtype", word]) == 0
+        cast = {name: value if name.endswith("moe.gate.weight") else value.to(dtype) for name, value in all_tensors(exported).items()}
+        assert same_bits(all_tensors(tmp_path / word), cast) and json.loads((tmp_path / word / "config.json").read_text())["dtype"] == str(dtype)[6:]
+
+
+def test_a_tokenizer_that_is_not_there_is_no_tokenizer(folders: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
+    for place in (tmp_path / "none", folders["upcycled"][0]):
+        words = ["export", "--checkpoint", str(folders["upcycled"][0]), "--out", str(tmp_path / "hf"), "--tokenizer", str(place)]
+        assert convert_checkpoint.main(words) == 3
+        assert f"--tokenizer {place}" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert convert_checkpoint.main([*words[:-1], str(folders["upcycled"][0] / "hf")]) == 0 and (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
 @pytest.mark.parametrize("words", [["--tp", "3"], ["--tp", "0"], ["--etp", "5"], ["--etp", "-1"], ["--tp", "64"]], ids=" ".join)
 def test_degrees_that_do_not_divide_are_wrong_arguments(words: list[str], folders: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert convert_checkpoint.main(["reshard", "--checkpoint", str(folders["upcycled"][0]), "--out", str(tmp_path / "out"), *words]) == 2

@@ -37,6 +37,7 @@ from megatron_skywork.convert.reshard import reshard  # noqa: E402
 from megatron_skywork.convert.router_text import rows_from_text, token_lists_for  # noqa: E402
 from megatron_skywork.convert.upcycle import Output, upcycle  # noqa: E402
 from megatron_skywork.convert.upcycle_options import UpcycleOptions  # noqa: E402
+from megatron_skywork.convert.upcycle_plan import plan  # noqa: E402
 from megatron_skywork.convert.verify import compare, open_layers, tokens_for  # noqa: E402
 from megatron_skywork.errors import CheckpointError  # noqa: E402
 
@@ -252,6 +253,34 @@ def test_routers_from_text(count: int, dense: dict[str, Path], tmp_path: Path, c
     assert not torch.equal(all_tensors(tmp_path / "shorter")["model.layers.0.block_sparse_moe.gate.weight"], tensors["decoder.layers.0.mlp.router.weight"])
     assert upcycle_dense.main([*words, "40", "--out", str(tmp_path / "x"), "--router-text", given[0]]) == 2
     assert "texts" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_rows_of_another_text_are_not_mixed_into_what_was_interrupted(dense: dict[str, Path], tmp_path: Path):
+    """How much of a text was read is no option of the result, and decides its bytes all the same."""
+    options = options_of(router_init="text", router_texts=(str(dense["main"] / "config.json"),))
+
+    def broken_disk(folder: Path) -> dict[str, Any]:
+        raise OSError("disk")
+
+    def rows(value: float) -> dict[int, torch.Tensor]:
+        return {layer: torch.full((4, 32), value) for layer in range(3)}
+
+    with pytest.raises(OSError, match="disk"):
+        upcycle(dense["main"], tmp_path / "out", options, accept=broken_disk, routers=lambda moe: rows(1.0))
+    assert upcycle(dense["main"], tmp_path / "out", options, routers=lambda moe: rows(2.0))["resumed_files"] == 0
+    assert {float(value.unique()) for name, value in our_tensors(tmp_path / "out").items() if name.endswith("router.weight")} == {2.0}
+
+
+@pytest.mark.parametrize("method", ["copy, some layers", "shared part, gated, granular 2, some layers"])
+@pytest.mark.parametrize("place", ["main", "bfloat16"])
+def test_a_dry_run_says_what_is_written(method: str, place: str, dense: dict[str, Path], tmp_path: Path):
+    for name, output, read in (("ours", Output(), our_tensors), ("hf", HF, all_tensors)):
+        planned = plan(dense[place], tmp_path / name, options_of(**METHODS[method][0]), output, probe=False)
+        written = upcycle(dense[place], tmp_path / name, options_of(**METHODS[method][0]), output)
+        tensors = read(tmp_path / name).values()
+        assert planned["bytes"] == sum(tensor.nbytes for tensor in tensors) <= written["bytes"]
+        assert planned["parameters"] == written["parameters"] and planned["exact"] == written["exact"]
+        assert name == "ours" or planned["parameters"]["total"] == sum(tensor.numel() for tensor in tensors)
 
 
 # ------------------------------------------------------------------------------------------------------------------- where they come from
