@@ -155,8 +155,8 @@ def compared(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def router_rows(arguments: argparse.Namespace, moe: Any) -> dict[int, Any]:
     """Rows of the routers from the hidden states of the given text."""
     import torch
-    from megatron_skywork.convert.router_text import rows_from_text, token_lists_for
 
+    from megatron_skywork.convert.router_text import rows_from_text, token_lists_for
     from megatron_skywork.convert.sources import open_source
     from megatron_skywork.convert.table import moe_layers
     from megatron_skywork.convert.verify import open_layers
