@@ -24,6 +24,20 @@ def ranks() -> Iterator[RankPool]:
     pool.close()
 
 
+@pytest.fixture(scope="session")
+def remote_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of this run's own for the code in Skywork-MoE folders, which must not meet other runs' copies.
+
+    One for all tests: transformers imports the copies as modules of the package `transformers_modules`, and Python binds a package to the place where it was
+    first found. From a second cache in the same process nothing below that package can be imported.
+    """
+    import transformers.dynamic_module_utils as modules
+
+    before, modules.HF_MODULES_CACHE = modules.HF_MODULES_CACHE, str(tmp_path_factory.mktemp("remote_code"))
+    yield
+    modules.HF_MODULES_CACHE = before
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """This process as a job of one rank, for modules of megatron-core that ask for groups."""

@@ -42,10 +42,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parameters(arguments: argparse.Namespace) -> tuple[int, int]:
     from megatron_skywork.plan.upcycle_or_scratch import parse_tokens
 
-    counted = arguments.dense_parameters is not None and arguments.active_parameters is not None
-    if counted and arguments.dense is None:
+    numbers, model = (arguments.dense_parameters, arguments.active_parameters), (arguments.dense, arguments.num_experts)
+    if None not in numbers and model == (None, None):
         return parse_tokens(arguments.dense_parameters, "--dense-parameters"), parse_tokens(arguments.active_parameters, "--active-parameters")
-    if counted or arguments.dense is None or arguments.num_experts is None:
+    if numbers != (None, None) or None in model:
         raise ConfigError("give either --dense with --num-experts, or --dense-parameters with --active-parameters")
     from megatron_skywork.convert.upcycle_options import UpcycleOptions
     from megatron_skywork.convert.upcycle_plan import plan

@@ -51,6 +51,8 @@ def export_hf(
     Raises:
         CheckpointError: an incomplete or damaged checkpoint, or a family or dtype that does not fit.
     """
+    if tokenizer is not None and not any((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(f"--tokenizer {tokenizer}: there is no tokenizer in it; give a folder with one of {', '.join(TOKENIZER_FILES)}")
     source = open_ours(folder)
     model, moe = source.model, source.moe
     family = choose_family(model, moe, source.description.family if family == "auto" else family)

@@ -75,8 +75,8 @@ def open_gguf(gguf: Path | str) -> Source:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{gguf}: transformers cannot read it ({error})") from error
+    except Exception as error:  # a damaged file ends in whatever its readers stumble over: struct.error, KeyError, IndexError, ...
+        raise CheckpointError(f"{gguf}: transformers cannot read it ({type(error).__name__}: {error})") from error
     # The weights are dequantized now; a config that still says otherwise would make every loader quantize them again, and `model.save_pretrained` refuse.
     config = model.config
     if hasattr(config, "quantization_config"):

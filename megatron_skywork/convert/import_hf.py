@@ -68,8 +68,14 @@ def our_folder(source: Source, model: Model, moe: Moe | None, method: dict[str, 
 def origin(
     source: Source, model: Model, moe: Moe | None, method: dict[str, Any], dtype: torch.dtype, source_hashes: Mapping[str, str]
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest's account of where weights come from."""
+    """The manifest's account of where weights come from; further sources (`FURTHER/NAME` in `Source.files`) have a list each, so that each can be verified."""
+    files: dict[str, dict[str, str]] = {"": {}}
+    for name, digest in source_hashes.items():
+        further, _, rest = name.rpartition("/")
+        files.setdefault(further, {})[rest] = digest
+    account: dict[str, Any] = {"family": source.description.family, "files": files.pop("")}
+    if files:
+        account["further"] = [{"name": further, "files": digests} for further, digests in files.items()]
     return {
-        "method": method, "source": {"family": source.description.family, "files": dict(source_hashes)}, "layout": layout_summary(model, moe),
-        "parameters": count_parameters(model, moe), "dtype": dtype_name(dtype),
+        "method": method, "source": account, "layout": layout_summary(model, moe), "parameters": count_parameters(model, moe), "dtype": dtype_name(dtype),
     }  # fmt: skip

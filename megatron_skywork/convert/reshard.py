@@ -47,6 +47,8 @@ def reshard(
     model, moe = source.model, source.moe
     naming = source.description.naming
     problems = [f"--{name}={degree}: must be 1 or more" for name, degree in (("tp", tp), ("etp", etp)) if degree < 1]
+    if moe is None and etp > 1:
+        problems.append(f"--etp={etp}: cuts experts, and the model is dense; leave it out")
     if not problems:
         problems = [line for weight in weights(model, moe, naming) if (line := _indivisible(weight, tp, etp))][:1]
     if problems:

@@ -7,6 +7,7 @@ says. The other methods are in `methods`, their settings in `upcycle_options`, a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_skywork.convert.streaming.hf_target import SHARD_BYTES, HfTarget
 from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, McoreTarget
 from megatron_skywork.convert.streaming.run import Job, Options, run
 from megatron_skywork.convert.streaming.targets import Target
+from megatron_skywork.convert.streaming.torch_record import raw_bytes
 from megatron_skywork.convert.streaming.units import Ref, units_of
 from megatron_skywork.convert.table import extra_states, weights
 from megatron_skywork.convert.upcycle_options import UpcycleOptions, moe_section
@@ -78,7 +80,8 @@ def upcycle(
     sources = open_sources(dense, options)
     model = sources[0].model
     moe = moe_section(model, options)
-    recipe = UpcycleRecipe(sources, model, options, routers(moe) if routers is not None else {})
+    rows = routers(moe) if routers is not None else {}
+    recipe = UpcycleRecipe(sources, model, options, rows)
     method = options.recorded(model.ffn_hidden_size)
     family = choose_family(model, moe, output.family) if output.form == "hf" else "skywork_moe"
     source = _joined(sources, options)
@@ -90,7 +93,10 @@ def upcycle(
         return sources[ref[0]].reader.read(ref[1])
 
     target = _target(model, moe, family, recipe, output)
-    job = Job("upcycle", recipe, target, read, {"method": method, "form": output.form, "family": family}, source.files, complete, accept)
+    # Rows from text depend on more than the options: how much of the text was read, and on how many threads.
+    drawn = {layer: hashlib.sha256(raw_bytes(rows_EH)).hexdigest() for layer, rows_EH in rows.items()}
+    decides = {"method": method, "form": output.form, "family": family, "routers": drawn}
+    job = Job("upcycle", recipe, target, read, decides, source.files, complete, accept)
     outcome = run(job, out, run_options)
     return {
         "out": str(out), "format": output.form, "layout": layout_summary(model, moe), "parameters": count_parameters(model, moe), "method": options.method,

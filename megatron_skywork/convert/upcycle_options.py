@@ -58,7 +58,7 @@ class UpcycleOptions:
     @property
     def num_copies(self) -> int:
         """Whole feed-forwards among the routed experts."""
-        return self.num_experts // self.granularity
+        return self.num_experts // max(self.granularity, 1)
 
     @property
     def sums_to_one(self) -> bool:
@@ -99,7 +99,7 @@ class UpcycleOptions:
             reasons.append("the chosen experts' weights do not sum to 1")
         if not granular.exact_scales(self.output_factor()) and not silent:
             reasons.append(f"a factor of {self.output_factor():g} rounds the weights")
-        if self.granularity > 1 and self.router_init == "zero" and not silent:
+        if self.granularity > 1 and (self.router_init == "zero" or self.router_init_std == 0) and not silent:
             reasons.append("with equal logits the chosen pieces need not belong to one copy")
         return reasons
 

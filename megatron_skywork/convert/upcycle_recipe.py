@@ -7,6 +7,7 @@ copy is cut into pieces, the pieces of `up` and `down` are scaled. Every random 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -55,11 +56,11 @@ class UpcycleRecipe:
         """The dense model's; a new router is fp32, whose precision decides which expert a token goes to."""
         if weight.kind == "router":
             return torch.float32
-        tensors = self._sources[0].reader.tensors
         if weight.kind == "shared_gate":
             return self._sources[0].dtype
         if weight.kind.startswith(("expert_", "shared_")):
-            return tensors[self._dense_name(weight, weight.layout.pieces[0])].dtype
+            names = tuple(f"model.layers.{weight.layer}.mlp.{name}.weight" for name in self._matrices(weight)[0])
+            return self._sources[0].dtype_of(replace(weight, theirs=names))
         return self._sources[0].dtype_of(weight)
 
     def make(self, unit: Unit, tensors: list[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:

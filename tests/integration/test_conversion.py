@@ -14,6 +14,10 @@ from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
+from small_models import FAMILIES, ROOT, TOKENS, all_tensors, assert_same_tensors, hf_logits, make, our_logits, training_logits  # noqa: E402
+
+import convert_checkpoint  # noqa: E402
+import upcycle_dense  # noqa: E402
 from megatron_skywork.config.schema import Moe  # noqa: E402
 from megatron_skywork.convert.checkpoint_folder import describe  # noqa: E402
 from megatron_skywork.convert.export_hf import export_hf  # noqa: E402
@@ -21,50 +25,17 @@ from megatron_skywork.convert.import_hf import import_hf  # noqa: E402
 from megatron_skywork.convert.inspect_folder import inspect_folder  # noqa: E402
 from megatron_skywork.convert.marker import write_marker  # noqa: E402
 from megatron_skywork.convert.mcore_files import DistributedReader  # noqa: E402
-from megatron_skywork.convert.reference import HfLayers, OurLayers, logits_of  # noqa: E402
+from megatron_skywork.convert.reference import HfLayers, logits_of  # noqa: E402
 from megatron_skywork.convert.sources import open_source  # noqa: E402
 from megatron_skywork.convert.upcycle import upcycle  # noqa: E402
 from megatron_skywork.convert.upcycle_options import UpcycleOptions  # noqa: E402
 from megatron_skywork.convert.verify import compare, tokens_for  # noqa: E402
 from megatron_skywork.errors import CheckpointError, ConfigError  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import convert_checkpoint  # noqa: E402
-import upcycle_dense  # noqa: E402
-
-SHAPE = {
-    "vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5, "initializer_range": 0.2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
-}  # fmt: skip
-FAMILIES = {
-    "llama": ("LlamaConfig", {"tie_word_embeddings": True}),
-    "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 16}),
-    "qwen2": ("Qwen2Config", {"num_key_value_heads": 4}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16, "tie_word_embeddings": True}),
-}
-TOKENS = torch.randint(0, 100, (24,), generator=torch.Generator().manual_seed(3))
 OPTIONS = UpcycleOptions(num_experts=4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _own_module_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Remote code is copied into a cache by folder name; tests must not meet other runs' copies there."""
-    import transformers.dynamic_module_utils as modules
-
-    before, modules.HF_MODULES_CACHE = modules.HF_MODULES_CACHE, str(tmp_path_factory.mktemp("modules"))
-    yield
-    modules.HF_MODULES_CACHE = before
-
-
-def make(folder: Path, config_class: str, changes: dict, dtype: torch.dtype = torch.float32) -> Path:
-    torch.manual_seed(7)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**{**SHAPE, **changes})).to(torch.float32)
-    for name, value in model.named_parameters():
-        if "norm" in name or "bias" in name:  # at their initial values these would hide a mistake
-            torch.nn.init.normal_(value, float("norm" in name), 0.3)
-    model.to(dtype).save_pretrained(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("remote_code_cache")
 
 
 @pytest.fixture(scope="module")
@@ -83,26 +54,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
     (folders["skywork"] / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return folders
-
-
-def hf_logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    with torch.no_grad():
-        return model(tokens[None]).logits[0]
-
-
-def our_logits(folder: Path, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    return logits_of(OurLayers(DistributedReader(folder), *describe(folder)), tokens)
-
-
-def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def assert_same_tensors(a: Path, b: Path) -> None:
-    left, right = all_tensors(a), all_tensors(b)
-    assert set(left) == set(right)
-    assert all(left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------- dense
@@ -367,34 +318,6 @@ def test_a_result_that_differs_is_refused_and_leaves_nothing(
 
 # ----------------------------------------------------------------------------------------------------------------------- megatron-core
 
-IN_MEGATRON = """
-import json, sys
-from pathlib import Path
-from megatron_skywork import device
-device.prepare()
-import torch
-from megatron_skywork import checkpoint, parallel
-from megatron_skywork.config.load import load_config
-from megatron_skywork.model.build import build_chunks
-base, tokens = Path(sys.argv[1]), torch.tensor(json.loads(sys.argv[2]))
-started = False
-for folder in sorted(path for path in base.iterdir() if path.is_dir()):
-    overrides = ["train.steps=1", "train.global_batch_size=1", "train.precision=fp32", "data.mock=true", f"data.seq_length={len(tokens)}"]
-    config = load_config([folder / "model.yaml"], overrides, 1)
-    if not started:
-        parallel.start(config)
-        started = True
-    chunks = build_chunks(config)
-    checkpoint.load_weights(folder, chunks)
-    model = chunks[0].eval()
-    mask = torch.ones(1, 1, len(tokens), len(tokens), dtype=torch.bool).triu(1)
-    with torch.no_grad():
-        logits = model(tokens[None], torch.arange(len(tokens))[None], mask)[0, :, :config.model.vocab_size]
-    torch.save(logits, base / f"{folder.name}.pt")
-torch.distributed.destroy_process_group()
-"""
-
-
 def test_the_training_model_computes_what_transformers_computes(dense: dict[str, Path], tmp_path: Path):
     """The whole chain: transformers' dense model, upcycled, in megatron-core's GPTModel with our router."""
     base = tmp_path / "folders"
@@ -406,12 +329,9 @@ def test_the_training_model_computes_what_transformers_computes(dense: dict[str,
     expected["different"] = our_logits(base / "different")
     import_hf(dense["qwen2"], base / "plain")
     expected["plain"] = expected["qwen2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", IN_MEGATRON, str(base), json.dumps(TOKENS.tolist())]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    found = training_logits(base)
     for name, logits in expected.items():
-        torch.testing.assert_close(torch.load(base / f"{name}.pt", weights_only=True), logits, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(found[name], logits, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 IN_LAYOUTS = """

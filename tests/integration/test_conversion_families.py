@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +58,7 @@ REMOTE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain gate, plain probabilities": ({"qk_norm": True, "head_dim": 16}, {"topk": 2, "pre_softmax": True, "gate_norm": False, "ffn_hidden_size": 24}),
 }  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("one_rank")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import transformers.dynamic_module_utils as modules
-
-    before, modules.HF_MODULES_CACHE = modules.HF_MODULES_CACHE, str(tmp_path_factory.mktemp("modules"))
-    yield
-    modules.HF_MODULES_CACHE = before
+pytestmark = pytest.mark.usefixtures("one_rank", "remote_code_cache")
 
 
 def training_model(described: Description, tensors: dict[str, torch.Tensor], length: int) -> Any:
