@@ -7,6 +7,7 @@ says. The other methods are in `methods`, their settings in `upcycle_options`, a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,13 +21,14 @@ from megatron_skywork.convert.compare_names import dtype_name
 from megatron_skywork.convert.export_hf import hf_folder
 from megatron_skywork.convert.families import choose_family
 from megatron_skywork.convert.import_hf import our_folder
-from megatron_skywork.convert.output_folder import check_replaceable
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.sources import open_source
 from megatron_skywork.convert.streaming.hf_target import SHARD_BYTES, HfTarget
 from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, McoreTarget
 from megatron_skywork.convert.streaming.run import Job, Options, run
+from megatron_skywork.convert.streaming.staged import Staged
 from megatron_skywork.convert.streaming.targets import Target
+from megatron_skywork.convert.streaming.torch_record import raw_bytes
 from megatron_skywork.convert.streaming.units import Ref, units_of
 from megatron_skywork.convert.table import extra_states, weights
 from megatron_skywork.convert.upcycle_options import UpcycleOptions, moe_section
@@ -74,11 +76,12 @@ def upcycle(
         CheckpointError: a source does not fit or is no dense model, `out` exists, or the disk is too small.
     """
     if run_options.ranks.rank == 0:
-        check_replaceable(Path(out), run_options.overwrite)
+        Staged(out, "", run_options.overwrite).check_out()
     sources = open_sources(dense, options)
     model = sources[0].model
     moe = moe_section(model, options)
-    recipe = UpcycleRecipe(sources, model, options, routers(moe) if routers is not None else {})
+    rows = dict(routers(moe)) if routers is not None else {}
+    recipe = UpcycleRecipe(sources, model, options, rows)
     method = options.recorded(model.ffn_hidden_size)
     family = choose_family(model, moe, output.family) if output.form == "hf" else "skywork_moe"
     source = _joined(sources, options)
@@ -90,7 +93,9 @@ def upcycle(
         return sources[ref[0]].reader.read(ref[1])
 
     target = _target(model, moe, family, recipe, output)
-    job = Job("upcycle", recipe, target, read, {"method": method, "form": output.form, "family": family}, source.files, complete, accept)
+    digests = {layer: hashlib.sha256(raw_bytes(row)).hexdigest() for layer, row in sorted(rows.items())}
+    decides = {"method": method, "form": output.form, "family": family, "routers": digests}
+    job = Job("upcycle", recipe, target, read, decides, source.files, complete, accept)
     outcome = run(job, out, run_options)
     return {
         "out": str(out), "format": output.form, "layout": layout_summary(model, moe), "parameters": count_parameters(model, moe), "method": options.method,
