@@ -70,7 +70,7 @@ def weight_bytes(model: Model, moe: Moe | None, dtype: torch.dtype, padded: bool
 
 def write_rate(out: Path) -> float | None:
     """Bytes a second that are written and hashed on the disk where `out` will lie, as the conversion does it; None where nothing can be written yet."""
-    parent = next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.is_dir())
+    parent = next(folder for folder in [out.absolute(), *out.absolute().parents] if os.path.isdir(folder))
     block = os.urandom(BLOCK_BYTES)
     try:
         with tempfile.TemporaryDirectory(prefix=".rate-", dir=parent) as folder:
@@ -103,7 +103,10 @@ def _describe(dense: Path | str, options: UpcycleOptions) -> tuple[str, Model, t
 def _section(path: Path) -> Model:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    document = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        document = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: cannot be read as YAML (no UTF-8 at byte {error.start})") from error
     if document.problems:
         raise CheckpointError("\n".join(document.problems))
     values = document.values if isinstance(document.values, dict) else {}
