@@ -24,6 +24,7 @@ from megatron_skywork.convert.upcycle_options import UpcycleOptions
 from megatron_skywork.convert.upcycle_plan import plan, write_rate
 from megatron_skywork.errors import CheckpointError, ConfigError
 
+DENSE_SECTION = b"model: {num_layers: 2, hidden_size: 16, ffn_hidden_size: 24, num_attention_heads: 4, vocab_size: 50}\n"
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {
     "copies": UpcycleOptions(num_experts=4),
@@ -123,7 +124,7 @@ def test_the_report_s_model_from_a_run_s_configuration(tmp_path: Path):
         (b"model: {1: 2}\n", "the key 1 is not text"),
         (b"model: {num_layers: many}\n", "model.num_layers"),
         (b"model: {num_layers: 2\n", "line|:1:|:2:"),
-        (b"model: {num_layers: 2, hidden_size: 16, num_attention_heads: 4, vocab_size: 50}\nmoe: {num_experts: 4}\n", "a mixture of experts"),
+        (DENSE_SECTION + b"moe: {num_experts: 4}\n", "a mixture of experts"),
     ],
 )
 def test_a_configuration_that_describes_no_dense_model_is_a_sentence(content: bytes, said: str, tmp_path: Path):
