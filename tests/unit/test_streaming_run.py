@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_skywork.convert.export_hf import export_hf
 from megatron_skywork.convert.hf_files import HfReader
 from megatron_skywork.convert.import_hf import import_hf
 from megatron_skywork.convert.reshard import reshard
-from megatron_skywork.convert.streaming import file_writer
+from megatron_skywork.convert.streaming import file_writer, run
 from megatron_skywork.convert.streaming.file_writer import FileWriter
 from megatron_skywork.convert.streaming.ranks import PeerFailed, Ranks
 from megatron_skywork.convert.streaming.run import Options
@@ -115,8 +116,12 @@ def test_import_export_and_reshard_with_any_number_of_workers(dense: Path, tmp_p
 
 def test_torch_keeps_its_threads(dense: Path, tmp_path: Path):
     before = torch.get_num_threads()
-    make(dense, tmp_path / "out", workers=5)
-    assert torch.get_num_threads() == before
+    try:
+        torch.set_num_threads(4)
+        make(dense, tmp_path / "out", workers=2, accept=lambda folder: {"threads": torch.get_num_threads()})
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- resuming
@@ -328,6 +333,37 @@ def test_an_interrupt_stops_the_other_workers(dense: Path, tmp_path: Path, monke
     monkeypatch.undo()
     make(dense, tmp_path / "out")
     assert names(tmp_path) == ["out"]
+
+
+def test_an_interrupt_while_work_is_handed_out_stops_it_too(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Interrupted(run.ThreadPoolExecutor):  # type: ignore[name-defined]
+        def submit(self, function: Any, *args: Any) -> Any:
+            if function is run._hash_source:
+                raise KeyboardInterrupt
+            return super().submit(function, *args)
+
+    monkeypatch.setattr(run, "ThreadPoolExecutor", Interrupted)
+    plain = FileWriter.finish
+    monkeypatch.setattr(FileWriter, "finish", lambda self: time.sleep(0.05) or plain(self))
+    with pytest.raises(KeyboardInterrupt):
+        make(dense, tmp_path / "out", workers=1)
+    assert len(times(tmp_path / "out")) <= 2
+    assert len(names(tmp_path / ".out.partial" / "content")) <= 3, "what waits is not even begun"
+
+
+def test_what_failed_is_told_and_not_that_others_stopped(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first file is stopped because the second one failed."""
+    plain = FileWriter.write
+
+    def write(self: FileWriter, buffer: Any) -> None:
+        if self._path.name == "__0_1.distcp":
+            raise no_space()
+        assert self._stopped is not None and self._stopped.wait(10)
+        plain(self, buffer)
+
+    monkeypatch.setattr(FileWriter, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        make(dense, tmp_path / "out", workers=2)
 
 
 def test_a_rank_that_ends_is_a_sentence_and_no_refusal(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -160,6 +160,11 @@ def test_ranks_share_everything_once_and_evenly(world_size: int):
     assert all(share == sorted(share, key=lambda name: int(name.split()[1])) for share in shares), "in the order of the files"
 
 
+def test_the_largest_file_does_not_come_last():
+    tasks = [(number, 1) for number in range(9)] + [(9, 9)]
+    assert [Ranks(rank, 2).share(tasks) for rank in range(2)] == [[9], list(range(9))]
+
+
 def test_equal_and_empty_tasks_are_spread():
     shares = [Ranks(rank, 4).share([(number, 5) for number in range(8)]) for rank in range(4)]
     assert [len(share) for share in shares] == [2, 2, 2, 2]
