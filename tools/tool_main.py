@@ -23,10 +23,11 @@ def finish(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], di
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}; the same command goes on where this one stopped", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}{_goes_on(arguments)}", file=sys.stderr)
         return EXIT_OTHER
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print(f"interrupted{_goes_on(arguments)}", file=sys.stderr)
         return 130
     if result is None:
         return EXIT_DONE
@@ -35,6 +36,10 @@ def finish(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], di
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_REFUSED if result.get("passed") is False else EXIT_DONE
+
+
+def _goes_on(arguments: argparse.Namespace) -> str:
+    return "; the same command goes on where this one stopped" if hasattr(arguments, "out") else ""
 
 
 def lines(result: dict[str, Any], indent: str = "") -> str:

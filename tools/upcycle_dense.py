@@ -14,6 +14,7 @@ Exit codes: 0 done, 2 a setting is wrong, 3 a source was refused or the result f
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     if arguments.workers < 1:
         raise ConfigError(f"--workers={arguments.workers}: must be 1 or more")
-    if arguments.file_gib is not None and not arguments.file_gib > 0:
-        raise ConfigError(f"--file-gib={arguments.file_gib}: must be above 0")
+    if arguments.file_gib is not None and not 1 <= arguments.file_gib * 2**30 < math.inf:
+        raise ConfigError(f"--file-gib={arguments.file_gib}: must be above 0, and a number of GiB")
     options = UpcycleOptions(
         num_experts=arguments.num_experts, topk=arguments.topk, layers=arguments.moe_layers, noise=arguments.noise, drop_ratio=arguments.drop_ratio,
         granularity=arguments.granularity, shared_expert_ffn=arguments.shared_expert_ffn, shared_expert_gate=arguments.shared_expert_gate,

@@ -34,7 +34,7 @@ def write_marker(folder: Path | str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / MARKER)
-    fsync_folder(folder)
+    fsync(folder)
 
 
 def marker_text(sizes: dict[str, int]) -> str:
@@ -143,9 +143,9 @@ def blob_hash(path: Path) -> str | None:
     return target.name if is_blob else None
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file's content durable, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
     Raises:
         CheckpointError: `out` exists and `overwrite` is false, or it holds something that is no checkpoint.
     """
-    if not out.exists() and not out.is_symlink():
+    if not os.path.lexists(out):
         return
     if not out.is_dir() or out.is_symlink():
         raise CheckpointError(f"{out}: exists and is not a folder; choose another --out")
@@ -33,7 +34,7 @@ def check_replaceable(out: Path, overwrite: bool) -> None:
 
 def free_bytes(out: Path) -> int:
     """Free space on the disk where `out` will lie."""
-    return shutil.disk_usage(next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.is_dir())).free
+    return shutil.disk_usage(next(folder for folder in [out.absolute(), *out.absolute().parents] if os.path.isdir(folder))).free
 
 
 def check_space(out: Path, needed_bytes: int) -> None:

@@ -21,12 +21,12 @@ from megatron_skywork.convert.compare_names import dtype_name
 from megatron_skywork.convert.export_hf import hf_folder
 from megatron_skywork.convert.families import choose_family
 from megatron_skywork.convert.import_hf import our_folder
-from megatron_skywork.convert.output_folder import check_replaceable
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.sources import open_source
 from megatron_skywork.convert.streaming.hf_target import SHARD_BYTES, HfTarget
 from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, McoreTarget
 from megatron_skywork.convert.streaming.run import Job, Options, run
+from megatron_skywork.convert.streaming.staged import Staged
 from megatron_skywork.convert.streaming.targets import Target
 from megatron_skywork.convert.streaming.torch_record import raw_bytes
 from megatron_skywork.convert.streaming.units import Ref, units_of
@@ -76,7 +76,7 @@ def upcycle(
         CheckpointError: a source does not fit or is no dense model, `out` exists, or the disk is too small.
     """
     if run_options.ranks.rank == 0:
-        check_replaceable(Path(out), run_options.overwrite)
+        Staged(out, "", run_options.overwrite).check_out()
     sources = open_sources(dense, options)
     model = sources[0].model
     moe = moe_section(model, options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from megatron_skywork.convert.families import choose_family, read_config
 from megatron_skywork.convert.hf_files import read_json
 from megatron_skywork.convert.layouts import numel
 from megatron_skywork.convert.output_folder import free_bytes
+from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.streaming.file_writer import BLOCK_BYTES, FileWriter
-from megatron_skywork.convert.table import weights
+from megatron_skywork.convert.table import Weight, weights
 from megatron_skywork.convert.upcycle import MCORE, Output, open_sources, refuse_mixture
 from megatron_skywork.convert.upcycle_options import UpcycleOptions, moe_section
+from megatron_skywork.convert.upcycle_recipe import UpcycleRecipe
 from megatron_skywork.errors import CheckpointError
 
 _PROBE_BLOCKS = 32
@@ -45,11 +48,12 @@ def plan(dense: Path | str, out: Path | str, options: UpcycleOptions, output: Ou
     Raises:
         ConfigError, CheckpointError: as `upcycle`.
     """
-    family, model, dtype, notes = _describe(dense, options)
+    family, model, dtype, notes, sources = _describe(dense, options)
     moe = moe_section(model, options)
+    written_in = UpcycleRecipe(sources, model, options, {}).dtype if sources else lambda weight: torch.float32 if weight.kind == "router" else dtype
     if output.form == "hf":
         choose_family(model, moe, output.family)
-    needed, free = weight_bytes(model, moe, dtype, padded=output.form == "mcore"), free_bytes(Path(out))
+    needed, free = weight_bytes(model, moe, written_in, padded=output.form == "mcore"), free_bytes(Path(out))
     rate = write_rate(Path(out)) if probe and free > 2 * _PROBE_BLOCKS * BLOCK_BYTES else None
     return {
         "family": family, "format": output.form, "dtype": dtype_name(dtype), "method": options.method, "exact": not options.why_inexact(model.ffn_hidden_size),
@@ -59,18 +63,18 @@ def plan(dense: Path | str, out: Path | str, options: UpcycleOptions, output: Ou
     }  # fmt: skip
 
 
-def weight_bytes(model: Model, moe: Moe | None, dtype: torch.dtype, padded: bool) -> int:
-    """Bytes of all weights; routers count as fp32."""
+def weight_bytes(model: Model, moe: Moe | None, dtype: Callable[[Weight], torch.dtype], padded: bool) -> int:
+    """Bytes of all weights."""
     total = 0
     for weight in weights(model, moe):
         count = numel(weight.layout.whole) if padded else sum(numel(shape) for shape in weight.layout.parts)
-        total += count * (torch.float32 if weight.kind == "router" else dtype).itemsize
+        total += count * dtype(weight).itemsize
     return total
 
 
 def write_rate(out: Path) -> float | None:
     """Bytes a second that are written and hashed on the disk where `out` will lie, as the conversion does it; None where nothing can be written yet."""
-    parent = next(folder for folder in [out.absolute(), *out.absolute().parents] if folder.is_dir())
+    parent = next(folder for folder in [out.absolute(), *out.absolute().parents] if os.path.isdir(folder))
     block = os.urandom(BLOCK_BYTES)
     try:
         with tempfile.TemporaryDirectory(prefix=".rate-", dir=parent) as folder:
@@ -84,10 +88,11 @@ def write_rate(out: Path) -> float | None:
         return None
 
 
-def _describe(dense: Path | str, options: UpcycleOptions) -> tuple[str, Model, torch.dtype, list[str]]:
+def _describe(dense: Path | str, options: UpcycleOptions) -> tuple[str, Model, torch.dtype, list[str], list[Source]]:
+    """Family, section model, dtype, notes, and the sources where weights are there."""
     place = Path(dense)
     if place.suffix in (".yaml", ".yml"):
-        return "configuration", _section(place), torch.bfloat16, [f"{place.name} names no dtype; counted as bfloat16"]
+        return "configuration", _section(place), torch.bfloat16, [f"{place.name} names no dtype; counted as bfloat16"], []
     config = place if place.suffix == ".json" else place / "config.json"
     if config.is_file() and (config is place or not any(True for pattern in _WEIGHTS for _ in place.glob(pattern))):
         content = read_json(config)
@@ -95,15 +100,18 @@ def _describe(dense: Path | str, options: UpcycleOptions) -> tuple[str, Model, t
         refuse_mixture(config, described.moe)
         named = str(content.get("torch_dtype") or content.get("dtype") or "bfloat16").removeprefix("torch.")
         dtype = {"float32": torch.float32, "float16": torch.float16}.get(named, torch.bfloat16)
-        return described.family, described.model, dtype, [*described.notes, "planned from its config alone; no weights are there"]
+        return described.family, described.model, dtype, [*described.notes, "planned from its config alone; no weights are there"], []
     sources = open_sources(dense, options)
-    return sources[0].description.family, sources[0].model, sources[0].dtype, sources[0].description.notes
+    return sources[0].description.family, sources[0].model, sources[0].dtype, sources[0].description.notes, sources
 
 
 def _section(path: Path) -> Model:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    document = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        document = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: cannot be read as YAML (no UTF-8 at byte {error.start})") from error
     if document.problems:
         raise CheckpointError("\n".join(document.problems))
     values = document.values if isinstance(document.values, dict) else {}

@@ -54,7 +54,7 @@ class FileWriter:
         self._pending: list[tuple[Future[Any], ...]] = [()] * _NUM_BLOCKS
         self._current = self._filled = self._flushed = 0
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._descriptor = _open(path)
+        self._path, self._descriptor = path, _open(path)
 
     def write(self, content: Any) -> None:
         """Append a buffer (bytes, or a contiguous memoryview)."""
@@ -95,10 +95,14 @@ class FileWriter:
             except OSError as error:
                 flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
                 if error.errno != errno.EINVAL or not flags & _DIRECT:
-                    raise
+                    raise self._named(error) from error
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
                 continue
             done += count
+
+    def _named(self, error: OSError) -> OSError:
+        """The error with the file's name, which the kernel does not give for a descriptor."""
+        return OSError(error.errno, error.strerror, str(self._path))
 
     def finish(self) -> FileRecord:
         """Everything on the disk, and what it is."""
@@ -106,8 +110,11 @@ class FileWriter:
             self._flush()
         for number in range(_NUM_BLOCKS):
             self._wait(number)
-        os.ftruncate(self._descriptor, self._flushed)
-        os.fsync(self._descriptor)
+        try:
+            os.ftruncate(self._descriptor, self._flushed)
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise self._named(error) from error
         return FileRecord(self._flushed, self._digest.hexdigest())
 
     def __enter__(self) -> FileWriter:

@@ -28,7 +28,9 @@ class HfTarget:
     """
 
     def __init__(self, clusters: Iterable[list[Unit]], shard_bytes: int = SHARD_BYTES):
-        shards = into_files(clusters, shard_bytes)
+        # The padding of a vocabulary is ours alone, and would be a shard of its own behind a full one.
+        held = ([unit for unit in cluster if any(piece.parts for piece in unit.pieces)] for cluster in clusters)
+        shards = into_files([cluster for cluster in held if cluster], shard_bytes)
         names = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         self._weight_map: dict[str, str] = {}
         self._total_bytes = 0

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 
+from megatron_skywork.errors import UserError
+
 Task = TypeVar("Task")
 Made = TypeVar("Made")
 # A rank with a small share waits for those with large ones; torchrun ends it when one of them fails.
 _PATIENCE = timedelta(days=7)
+
+
+class PeerFailed(UserError):
+    """Another rank ended; its own message says why."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +43,30 @@ class Ranks:
         return ranks
 
     def meet(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks are here.
+
+        Raises:
+            PeerFailed: one of them never comes.
+        """
         if self.world_size > 1:
-            torch.distributed.barrier()
+            with self._together():
+                torch.distributed.barrier()
 
     def from_first(self, make: Callable[[], Made]) -> Made:
         """What rank 0 makes, on every rank."""
         if self.world_size == 1:
             return make()
         box = [make() if self.rank == 0 else None]
-        torch.distributed.broadcast_object_list(box, src=0)
+        with self._together():
+            torch.distributed.broadcast_object_list(box, src=0)
         return cast(Made, box[0])
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo's word for a connection that was closed
+            raise PeerFailed(f"rank {self.rank}: another rank ended, and its message says why; the same command goes on where this one stopped") from error
 
     def close(self) -> None:
         """Leave the group that `from_environment` made."""

@@ -18,7 +18,7 @@ from megatron_skywork.convert.checkpoint_folder import sha256_of, versions
 from megatron_skywork.convert.output_folder import check_space
 from megatron_skywork.convert.progress import Progress
 from megatron_skywork.convert.streaming.file_writer import FileRecord, FileWriter, Stopped
-from megatron_skywork.convert.streaming.ranks import Ranks
+from megatron_skywork.convert.streaming.ranks import PeerFailed, Ranks
 from megatron_skywork.convert.streaming.staged import Staged
 from megatron_skywork.convert.streaming.targets import PlannedFile, Target
 from megatron_skywork.convert.streaming.units import Recipe, Ref, Unit
@@ -102,7 +102,8 @@ def run(job: Job, out: Path | str, options: Options) -> Outcome:
     """Write the folder.
 
     Raises:
-        UserError: a source or a setting was refused, `out` exists, or the disk is too small; nothing is left behind.
+        UserError: a source or a setting was refused, `out` exists, or the disk is too small; nothing is left behind but what an interrupted
+            conversion had finished where there is no room for the rest now.
         OSError: a disk failed or is full; the same command goes on where this one stopped, as it does after a crash.
     """
     started = time.monotonic()
@@ -110,9 +111,7 @@ def run(job: Job, out: Path | str, options: Options) -> Outcome:
     resumed = 0
     try:
         if options.ranks.rank == 0:
-            if staged.open() and (resumed := sum(_finished(staged, file) is not None for file in job.target.files)) and options.progress is not None:
-                options.progress.write(f"{job.label}: going on, {resumed} of {len(job.target.files)} files were finished before\n")
-            check_space(staged.content, job.num_bytes - sum(file.num_bytes for file in job.target.files if _finished(staged, file)))
+            resumed = _begin(job, staged, options)
         options.ranks.meet()
         _write_share(job, staged, options)
         options.ranks.meet()
@@ -121,8 +120,9 @@ def run(job: Job, out: Path | str, options: Options) -> Outcome:
             accepted = _complete(job, staged)
             staged.commit()
         options.ranks.meet()
-    except UserError:
-        if options.ranks.rank == 0:
+    except UserError as error:
+        # A disk that cannot be read now and a rank that failed are no refusals: what was finished waits for the same command.
+        if options.ranks.rank == 0 and not isinstance(error, PeerFailed) and not isinstance(error.__cause__, OSError):
             staged.remove_if_taken()
         raise
     finally:
@@ -130,8 +130,27 @@ def run(job: Job, out: Path | str, options: Options) -> Outcome:
     return Outcome(time.monotonic() - started, job.num_bytes, resumed, accepted)
 
 
+def _begin(job: Job, staged: Staged, options: Options) -> int:
+    """Take the folder; returns how many files were finished before."""
+    for path in job.source_files.values():
+        if path.resolve().is_relative_to(staged.out.resolve()):
+            raise CheckpointError(f"{staged.out}: holds {path.name}, which is read; choose another --out")
+    staged.open()
+    finished = [file for file in job.target.files if _finished(staged, file) is not None]
+    staged.keep({file.name for file in finished})
+    if finished and options.progress is not None:
+        options.progress.write(f"{job.label}: going on, {len(finished)} of {len(job.target.files)} files were finished before\n")
+    try:
+        check_space(staged.content, job.num_bytes - sum(file.num_bytes for file in finished))
+    except CheckpointError:
+        if finished:
+            staged.leave()  # they wait until there is room
+        raise
+    return len(finished)
+
+
 def _plan_hash(job: Job) -> str:
-    sources = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in job.source_files.items()}
+    sources = {name: [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for name, path in job.source_files.items()}
     files = [[file.name, file.num_bytes, hashlib.sha256(file.head).hexdigest()] for file in job.target.files]
     plan = {"label": job.label, "decides": job.decides, "files": files, "sources": sources, "versions": versions()}
     return hashlib.sha256(json.dumps(plan, sort_keys=True, default=str).encode()).hexdigest()
@@ -157,9 +176,12 @@ def _write_share(job: Job, staged: Staged, options: Options) -> None:
     try:
         with ThreadPoolExecutor(options.workers) as writers, ThreadPoolExecutor(1) as hasher:
             read = _finite(job.read) if options.finite else job.read
-            jobs: list[Future[None]] = [writers.submit(_write_file, job, file, read, staged, bar, stopped) for file in files]
-            jobs += [hasher.submit(_hash_source, name, path, staged, stopped) for name, path in sources]
-            _wait(jobs, stopped)
+            try:
+                jobs: list[Future[None]] = [writers.submit(_write_file, job, file, read, staged, bar, stopped) for file in files]
+                jobs += [hasher.submit(_hash_source, name, path, staged, stopped) for name, path in sources]
+                _wait(jobs, stopped)
+            finally:
+                stopped.set()  # an interrupt from the keyboard can arrive before all are handed out
     finally:
         torch.set_num_threads(threads)
         bar.close()
@@ -193,6 +215,8 @@ def _finite(read: Read) -> Read:
 
 
 def _write_file(job: Job, file: PlannedFile, read: Read, staged: Staged, progress: Progress, stopped: threading.Event) -> None:
+    if stopped.is_set():
+        raise Stopped
     with FileWriter(staged.content / file.name, progress, stopped) as out:
         out.write(file.head)
         for unit, tensors in _read_ahead(file.units, read):

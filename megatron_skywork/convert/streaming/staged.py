@@ -12,9 +12,10 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
-from megatron_skywork.convert.marker import fsync_folder
+from megatron_skywork.convert.marker import fsync
 from megatron_skywork.convert.output_folder import check_replaceable
 from megatron_skywork.convert.streaming.file_writer import FileRecord
 from megatron_skywork.errors import CheckpointError
@@ -41,11 +42,14 @@ class Staged:
         Raises:
             CheckpointError: `out` exists and must not be replaced, or another process is writing it.
         """
-        check_replaceable(self.out, self._overwrite)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.check_out()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.out}: cannot be written there ({error.strerror}); choose another --out") from error
         self._take_lock()
         plan = self._folder / "plan"
-        resumed = plan.is_file() and plan.read_text(encoding="utf-8") == self._plan
+        resumed = self.content.is_dir() and plan.is_file() and plan.read_text(encoding="utf-8") == self._plan
         if not resumed:
             for part in (plan, self.content, self._done):
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
@@ -53,6 +57,21 @@ class Staged:
             self._done.mkdir()
             _write_durably(plan, self._plan)
         return resumed
+
+    def check_out(self) -> None:
+        """Refuse to write over what is there, once the end of a conversion that was killed between two renames is made good.
+
+        Raises:
+            CheckpointError: as `open`.
+        """
+        if os.path.isdir(self._folder):
+            self._take_lock()
+            if (self._folder / "old").exists() and not self.out.exists():
+                os.rename(self._folder / "old", self.out)
+            elif self.out.exists() and not self.content.exists():
+                self.remove()
+            self.leave()
+        check_replaceable(self.out, self._overwrite)
 
     def _take_lock(self) -> None:
         self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -63,6 +82,12 @@ class Staged:
             raise CheckpointError(f"{self.out}: another process is writing it now; wait for it, or choose another --out") from error
         except OSError:
             pass  # a file system without locks: two writers of one plan write the same bytes
+
+    def keep(self, names: Collection[str]) -> None:
+        """Delete whatever else an interrupted conversion left in `content`: files that were half written, and what lies beside the weights."""
+        for path in self.content.iterdir():
+            if path.name not in names:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def recorded(self, name: str) -> FileRecord | None:
         """A file of `content` (or of the source, by another name) that was finished before."""
@@ -77,13 +102,15 @@ class Staged:
         _write_durably(self._done / _flat(name), json.dumps({"bytes": made.num_bytes, "sha256": made.sha256}))
 
     def commit(self) -> None:
-        """`content` becomes `out`, by a rename; what was there goes."""
+        """`content` becomes `out`, by a rename, once all of it is on the disk; what was there goes."""
         check_replaceable(self.out, self._overwrite)
+        for path in [*self.content.rglob("*"), self.content]:
+            fsync(path)
         old = self._folder / "old"
         if self.out.exists():
             os.rename(self.out, old)
         os.rename(self.content, self.out)
-        fsync_folder(self.out.parent)
+        fsync(self.out.parent)
         self.remove()
 
     def remove_if_taken(self) -> None:
