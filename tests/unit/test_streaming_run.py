@@ -323,7 +323,7 @@ def test_an_interrupt_stops_the_other_workers(dense: Path, tmp_path: Path, monke
     plain = FileWriter.__init__
     monkeypatch.setattr(FileWriter, "__init__", lambda self, path, *args: written.append(path.name) or plain(self, path, *args))
 
-    def interrupt(jobs: Any, **options: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("megatron_skywork.convert.streaming.run.wait", interrupt)

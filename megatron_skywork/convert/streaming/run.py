@@ -26,6 +26,7 @@ from megatron_skywork.errors import CheckpointError, UserError
 
 DEFAULT_WORKERS = 2
 _SOURCE = "source/"
+_WAIT_SECONDS = 0.2
 Read = Callable[[Ref], torch.Tensor]
 
 
@@ -190,7 +191,9 @@ def _write_share(job: Job, staged: Staged, options: Options) -> None:
 def _wait(jobs: Sequence[Future[None]], stopped: threading.Event) -> None:
     """Until all are done, or one has failed and the others have stopped; raises what went wrong first."""
     try:
-        wait(jobs, return_when=FIRST_EXCEPTION)
+        # In short waits: a signal that arrives just before one begins does not end it.
+        while wait(jobs, _WAIT_SECONDS, FIRST_EXCEPTION).not_done and not any(job.done() and job.exception() for job in jobs):
+            pass
     finally:  # an interrupt from the keyboard arrives here too
         if not all(job.done() and not job.cancelled() and job.exception() is None for job in jobs):
             stopped.set()
