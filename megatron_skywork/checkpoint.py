@@ -39,8 +39,8 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 from megatron_skywork import __version__, device
 from megatron_skywork.config.load import dump_config
 from megatron_skywork.config.schema import Config
-from megatron_skywork.convert.marker import check_marker, is_complete, write_marker
-from megatron_skywork.convert.safe_pickle import check_metadata
+from megatron_skywork.convert.files.marker import check_marker, is_complete, write_marker
+from megatron_skywork.convert.safety.safe_pickle import check_metadata
 from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME

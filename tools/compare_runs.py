@@ -66,7 +66,7 @@ def compare_steps(a: dict[int, dict], b: dict[int, dict], first: int, last: int 
 def checkpoint_items(folder: Path) -> dict[str, str]:
     """Name -> what it holds: every item of a distributed checkpoint, else every file of tensors by the SHA-256 of its bytes."""
     if (folder / ".metadata").is_file():
-        from megatron_skywork.convert.item_digests import item_digests  # imports torch
+        from megatron_skywork.convert.check.item_digests import item_digests  # imports torch
 
         return item_digests(folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix in {".distcp", ".safetensors"})

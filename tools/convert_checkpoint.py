@@ -87,15 +87,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if arguments.command in ("import", "export", "reshard"):
         return write(arguments)
     if arguments.command == "inspect":
-        from megatron_skywork.convert.inspect_folder import inspect_folder
+        from megatron_skywork.convert.check.inspect_folder import inspect_folder
 
         return inspect_folder(arguments.checkpoint, not arguments.no_similarity)
     if arguments.command == "verify":
-        from megatron_skywork.convert.verify_manifest import verify_folder
+        from megatron_skywork.convert.check.verify_manifest import verify_folder
 
         return verify_folder(arguments.checkpoint, arguments.source, sys.stderr, arguments.finite)
+    from megatron_skywork.convert.check.verify import compare, tokens_for
     from megatron_skywork.convert.sources import open_source
-    from megatron_skywork.convert.verify import compare, tokens_for
 
     source = open_source(arguments.dense)
     tokens = tokens_for(source.carried or source.folder, source.model.vocab_size, arguments.text, arguments.tokens)

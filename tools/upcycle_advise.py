@@ -47,8 +47,8 @@ def _parameters(arguments: argparse.Namespace) -> tuple[int, int]:
         return parse_tokens(arguments.dense_parameters, "--dense-parameters"), parse_tokens(arguments.active_parameters, "--active-parameters")
     if numbers != (None, None) or None in model:
         raise ConfigError("give either --dense with --num-experts, or --dense-parameters with --active-parameters")
-    from megatron_skywork.convert.upcycle_options import UpcycleOptions
-    from megatron_skywork.convert.upcycle_plan import plan
+    from megatron_skywork.convert.upcycling.options import UpcycleOptions
+    from megatron_skywork.convert.upcycling.plan import plan
 
     planned = plan(arguments.dense, ".", UpcycleOptions(num_experts=arguments.num_experts, topk=arguments.topk), probe=False)
     return planned["dense_parameters"], planned["parameters"]["active"]

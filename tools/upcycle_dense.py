@@ -111,9 +111,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Plan, or upcycle and compare; the result as a dictionary, on the first rank."""
     from megatron_skywork.convert.streaming.ranks import Ranks
     from megatron_skywork.convert.streaming.run import Options
-    from megatron_skywork.convert.upcycle import Output, upcycle
-    from megatron_skywork.convert.upcycle_options import UpcycleOptions
-    from megatron_skywork.convert.upcycle_plan import plan
+    from megatron_skywork.convert.upcycling.options import UpcycleOptions
+    from megatron_skywork.convert.upcycling.plan import plan
+    from megatron_skywork.convert.upcycling.upcycle import Output, upcycle
     from megatron_skywork.errors import ConfigError
 
     if arguments.workers < 1:
@@ -144,8 +144,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def compared(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The step-0 gate: the finished folder against the dense model."""
+    from megatron_skywork.convert.check.verify import compare, refuse_if_failed, tokens_for
     from megatron_skywork.convert.sources import open_source
-    from megatron_skywork.convert.verify import compare, refuse_if_failed, tokens_for
 
     source = open_source(arguments.dense)
     tokens = tokens_for(source.carried or source.folder, source.model.vocab_size, arguments.verify_text, arguments.verify_tokens)
@@ -158,10 +158,10 @@ def router_rows(arguments: argparse.Namespace, moe: Any) -> dict[int, Any]:
     """Rows of the routers from the hidden states of the given text."""
     import torch
 
-    from megatron_skywork.convert.router_text import rows_from_text, token_lists_for
+    from megatron_skywork.convert.check.verify import open_layers
     from megatron_skywork.convert.sources import open_source
     from megatron_skywork.convert.table import moe_layers
-    from megatron_skywork.convert.verify import open_layers
+    from megatron_skywork.convert.upcycling.router_text import rows_from_text, token_lists_for
 
     source = open_source(arguments.dense)
     lists = token_lists_for(source.carried or source.folder, arguments.router_text, arguments.router_tokens)

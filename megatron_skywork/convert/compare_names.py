@@ -9,11 +9,11 @@ from collections.abc import Iterable
 import torch
 
 from megatron_skywork.config.schema import Model, Moe
+from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.files.tensors import Reader, TensorInfo
 from megatron_skywork.convert.layouts import Shape, numel
-from megatron_skywork.convert.mcore_files import DistributedReader
-from megatron_skywork.convert.shown import first_lines
+from megatron_skywork.convert.safety.shown import first_lines
 from megatron_skywork.convert.table import HF_BUFFERS, moe_layers, weights
-from megatron_skywork.convert.tensors import Reader, TensorInfo
 from megatron_skywork.errors import CheckpointError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

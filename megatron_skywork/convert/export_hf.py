@@ -15,9 +15,9 @@ import torch
 
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.as_they_are import AsTheyAre
-from megatron_skywork.convert.checkpoint_folder import TOKENIZER_FILES, carry_files, count_parameters, layout_summary, step_of, write_manifest
 from megatron_skywork.convert.compare_names import dtype_name, main_dtype
 from megatron_skywork.convert.families import choose_family, write_config
+from megatron_skywork.convert.files.checkpoint_folder import TOKENIZER_FILES, carry_files, count_parameters, layout_summary, step_of, write_manifest
 from megatron_skywork.convert.import_hf import origin
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.sources import open_ours

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.config_json import ARCHITECTURES, LLAMA3_ROPE, write_config
-from megatron_skywork.convert.shown import first_lines, shown
+from megatron_skywork.convert.safety.shown import first_lines, shown
 from megatron_skywork.convert.table import moe_layers
 from megatron_skywork.errors import CheckpointError
 

@@ -15,9 +15,9 @@ import torch
 
 from megatron_skywork.convert.compare_names import check_hf
 from megatron_skywork.convert.families import read_config
-from megatron_skywork.convert.hf_files import read_json
+from megatron_skywork.convert.files.hf_files import read_json
+from megatron_skywork.convert.files.tensors import TensorInfo
 from megatron_skywork.convert.source import Source
-from megatron_skywork.convert.tensors import TensorInfo
 from megatron_skywork.errors import CheckpointError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skywork.convert.as_they_are import AsTheyAre
-from megatron_skywork.convert.checkpoint_folder import CARRIED_FILES, carry_files, write_manifest
+from megatron_skywork.convert.files.checkpoint_folder import CARRIED_FILES, carry_files, write_manifest
 from megatron_skywork.convert.gguf import open_gguf
 from megatron_skywork.convert.import_hf import origin
 from megatron_skywork.convert.streaming.hf_target import HfTarget

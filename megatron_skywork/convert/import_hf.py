@@ -10,9 +10,9 @@ import torch
 
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.as_they_are import AsTheyAre
-from megatron_skywork.convert.checkpoint_folder import HF_FOLDER, carry_files, count_parameters, layout_summary, write_manifest, write_model_file
 from megatron_skywork.convert.compare_names import dtype_name
-from megatron_skywork.convert.marker import write_marker
+from megatron_skywork.convert.files.checkpoint_folder import HF_FOLDER, carry_files, count_parameters, layout_summary, write_manifest, write_model_file
+from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.sources import open_source
 from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, McoreTarget

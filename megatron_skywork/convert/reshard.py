@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skywork.convert.as_they_are import AsTheyAre
-from megatron_skywork.convert.checkpoint_folder import count_parameters, layout_summary, step_of
 from megatron_skywork.convert.export_hf import cast_to
+from megatron_skywork.convert.files.checkpoint_folder import count_parameters, layout_summary, step_of
 from megatron_skywork.convert.import_hf import our_folder
 from megatron_skywork.convert.sources import open_ours
 from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, Cut, McoreTarget

@@ -11,8 +11,8 @@ import torch
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.compare_names import main_dtype
 from megatron_skywork.convert.families import Description
+from megatron_skywork.convert.files.tensors import Reader
 from megatron_skywork.convert.table import Weight
-from megatron_skywork.convert.tensors import Reader
 from megatron_skywork.errors import CheckpointError
 
 

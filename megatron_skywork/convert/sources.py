@@ -12,17 +12,17 @@ import torch
 
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.config.yaml_strict import read_yaml
-from megatron_skywork.convert.checkpoint_folder import CONFIG_FILE, HF_FOLDER, MANIFEST, MODEL_FILE, STATE_FILE, check_plain, describe, is_ours
 from megatron_skywork.convert.compare_names import check_hf, check_ours
 from megatron_skywork.convert.families import ARCHITECTURES, Description, read_config, why_not
-from megatron_skywork.convert.hf_files import HfReader, read_json
+from megatron_skywork.convert.files.checkpoint_folder import CONFIG_FILE, HF_FOLDER, MANIFEST, MODEL_FILE, STATE_FILE, check_plain, describe, is_ours
+from megatron_skywork.convert.files.hf_files import HfReader, read_json
+from megatron_skywork.convert.files.marker import MARKER
+from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.files.tensors import TensorInfo
 from megatron_skywork.convert.layouts import Piece
-from megatron_skywork.convert.marker import MARKER
-from megatron_skywork.convert.mcore_files import DistributedReader
-from megatron_skywork.convert.safe_pickle import BACKEND, METADATA
+from megatron_skywork.convert.safety.safe_pickle import BACKEND, METADATA
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.table import Weight, weights
-from megatron_skywork.convert.tensors import TensorInfo
 from megatron_skywork.errors import CheckpointError
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -12,8 +12,8 @@ from ranks import RankPool
 from torch.distributed.checkpoint import FileSystemReader
 from training_bodies import BASE, merged, records, train
 
-from megatron_skywork.convert.item_digests import item_digests
-from megatron_skywork.convert.marker import write_marker
+from megatron_skywork.convert.check.item_digests import item_digests
+from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.errors import CheckpointError
 
 # Everything that has a state: dropping, adaptive coefficients, a loss over the global batch, accumulation, dropout, half precision.

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_skywork.convert.checkpoint_folder import describe
+from megatron_skywork.convert.check.reference import OurLayers, logits_of
+from megatron_skywork.convert.check.verify import open_layers
 from megatron_skywork.convert.config_json import LLAMA3_ROPE
 from megatron_skywork.convert.export_hf import REMOTE_CODE, REMOTE_FILES
-from megatron_skywork.convert.mcore_files import DistributedReader
-from megatron_skywork.convert.reference import OurLayers, logits_of
-from megatron_skywork.convert.verify import open_layers
+from megatron_skywork.convert.files.checkpoint_folder import describe
+from megatron_skywork.convert.files.mcore_files import DistributedReader
 
 transformers = pytest.importorskip("transformers")
 

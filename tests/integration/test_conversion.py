@@ -19,17 +19,17 @@ from small_models import FAMILIES, ROOT, TOKENS, all_tensors, assert_same_tensor
 import convert_checkpoint  # noqa: E402
 import upcycle_dense  # noqa: E402
 from megatron_skywork.config.schema import Moe  # noqa: E402
-from megatron_skywork.convert.checkpoint_folder import describe  # noqa: E402
+from megatron_skywork.convert.check.inspect_folder import inspect_folder  # noqa: E402
+from megatron_skywork.convert.check.reference import HfLayers, logits_of  # noqa: E402
+from megatron_skywork.convert.check.verify import compare, tokens_for  # noqa: E402
 from megatron_skywork.convert.export_hf import export_hf  # noqa: E402
+from megatron_skywork.convert.files.checkpoint_folder import describe  # noqa: E402
+from megatron_skywork.convert.files.marker import write_marker  # noqa: E402
+from megatron_skywork.convert.files.mcore_files import DistributedReader  # noqa: E402
 from megatron_skywork.convert.import_hf import import_hf  # noqa: E402
-from megatron_skywork.convert.inspect_folder import inspect_folder  # noqa: E402
-from megatron_skywork.convert.marker import write_marker  # noqa: E402
-from megatron_skywork.convert.mcore_files import DistributedReader  # noqa: E402
-from megatron_skywork.convert.reference import HfLayers, logits_of  # noqa: E402
 from megatron_skywork.convert.sources import open_source  # noqa: E402
-from megatron_skywork.convert.upcycle import upcycle  # noqa: E402
-from megatron_skywork.convert.upcycle_options import UpcycleOptions  # noqa: E402
-from megatron_skywork.convert.verify import compare, tokens_for  # noqa: E402
+from megatron_skywork.convert.upcycling.options import UpcycleOptions  # noqa: E402
+from megatron_skywork.convert.upcycling.upcycle import upcycle  # noqa: E402
 from megatron_skywork.errors import CheckpointError, ConfigError  # noqa: E402
 
 OPTIONS = UpcycleOptions(num_experts=4)
@@ -343,7 +343,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron_skywork import checkpoint, parallel
 from megatron_skywork.config.load import load_config
-from megatron_skywork.convert.marker import write_marker
+from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.model.build import build_chunks
 base = Path(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method=f"file://{base}/meeting", rank=int(os.environ["RANK"]), world_size=4)

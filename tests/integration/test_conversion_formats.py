@@ -36,13 +36,13 @@ from small_models import (  # noqa: E402
 import convert_checkpoint  # noqa: E402
 import upcycle_dense  # noqa: E402
 from megatron_skywork.config.schema import Model, Moe  # noqa: E402
-from megatron_skywork.convert.checkpoint_folder import describe  # noqa: E402
 from megatron_skywork.convert.export_hf import export_hf  # noqa: E402
 from megatron_skywork.convert.families import same_model  # noqa: E402
+from megatron_skywork.convert.files.checkpoint_folder import describe  # noqa: E402
+from megatron_skywork.convert.files.marker import write_marker  # noqa: E402
 from megatron_skywork.convert.import_hf import import_hf  # noqa: E402
-from megatron_skywork.convert.marker import write_marker  # noqa: E402
-from megatron_skywork.convert.upcycle import Output, upcycle  # noqa: E402
-from megatron_skywork.convert.upcycle_options import UpcycleOptions  # noqa: E402
+from megatron_skywork.convert.upcycling.options import UpcycleOptions  # noqa: E402
+from megatron_skywork.convert.upcycling.upcycle import Output, upcycle  # noqa: E402
 from megatron_skywork.errors import CheckpointError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("remote_code_cache")

@@ -39,7 +39,8 @@ import os, sys, time, threading
 from pathlib import Path
 sys.path.insert(0, "tools")
 import upcycle_dense, convert_checkpoint
-from megatron_skywork.convert import export_hf, import_hf, output_folder
+from megatron_skywork.convert import export_hf, import_hf
+from megatron_skywork.convert.files import output_folder
 from megatron_skywork.convert.streaming import file_writer, mcore_target, run, staged
 plain_record, lock, count = staged.Staged.record, threading.Lock(), [0]
 def after(number, action):
@@ -293,7 +294,7 @@ FAILING = """
 import sys
 sys.path.insert(0, "tools")
 import upcycle_dense
-from megatron_skywork.convert.hf_files import HfReader
+from megatron_skywork.convert.files.hf_files import HfReader
 from megatron_skywork.convert.streaming import ranks
 plain = HfReader.read
 def read(self, name):

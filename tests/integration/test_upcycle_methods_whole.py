@@ -31,14 +31,14 @@ from small_models import (  # noqa: E402
 
 import convert_checkpoint  # noqa: E402
 import upcycle_dense  # noqa: E402
+from megatron_skywork.convert.check.verify import compare, open_layers, tokens_for  # noqa: E402
 from megatron_skywork.convert.export_hf import export_hf  # noqa: E402
 from megatron_skywork.convert.import_hf import import_hf  # noqa: E402
 from megatron_skywork.convert.reshard import reshard  # noqa: E402
-from megatron_skywork.convert.router_text import rows_from_text, token_lists_for  # noqa: E402
-from megatron_skywork.convert.upcycle import Output, upcycle  # noqa: E402
-from megatron_skywork.convert.upcycle_options import UpcycleOptions  # noqa: E402
-from megatron_skywork.convert.upcycle_plan import plan  # noqa: E402
-from megatron_skywork.convert.verify import compare, open_layers, tokens_for  # noqa: E402
+from megatron_skywork.convert.upcycling.options import UpcycleOptions  # noqa: E402
+from megatron_skywork.convert.upcycling.plan import plan  # noqa: E402
+from megatron_skywork.convert.upcycling.router_text import rows_from_text, token_lists_for  # noqa: E402
+from megatron_skywork.convert.upcycling.upcycle import Output, upcycle  # noqa: E402
 from megatron_skywork.errors import CheckpointError  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("remote_code_cache")

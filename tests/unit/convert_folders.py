@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_skywork.config.schema import Model, Moe
-from megatron_skywork.convert.checkpoint_folder import write_model_file
 from megatron_skywork.convert.config_json import write_config
-from megatron_skywork.convert.marker import write_marker
+from megatron_skywork.convert.files.checkpoint_folder import write_model_file
+from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.convert.table import weights
 
 Tensors = dict[str, torch.Tensor]

@@ -16,10 +16,10 @@ import pytest
 import torch
 from convert_folders import MODEL, MOE, ours_of, random_tensors, write_hf, write_ours
 
-from megatron_skywork.convert.inspect_folder import inspect_folder
-from megatron_skywork.convert.reference import logits_of
-from megatron_skywork.convert.verify import open_layers
-from megatron_skywork.convert.verify_manifest import verify_folder
+from megatron_skywork.convert.check.inspect_folder import inspect_folder
+from megatron_skywork.convert.check.reference import logits_of
+from megatron_skywork.convert.check.verify import open_layers
+from megatron_skywork.convert.check.verify_manifest import verify_folder
 from megatron_skywork.errors import CheckpointError
 
 SECONDS = 20

@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_skywork.convert import safe_pickle
 from megatron_skywork.convert.as_they_are import AsTheyAre
+from megatron_skywork.convert.files.hf_files import HfReader
+from megatron_skywork.convert.files.marker import check_marker, is_complete, write_marker
+from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.files.torch_record import around, raw_bytes, record
 from megatron_skywork.convert.gguf import extract_gguf
-from megatron_skywork.convert.hf_files import HfReader
 from megatron_skywork.convert.layouts import Layout, Piece, Same
-from megatron_skywork.convert.marker import check_marker, is_complete, write_marker
-from megatron_skywork.convert.mcore_files import DistributedReader
+from megatron_skywork.convert.safety import safe_pickle
 from megatron_skywork.convert.streaming.file_writer import FileWriter
 from megatron_skywork.convert.streaming.hf_target import HfTarget
 from megatron_skywork.convert.streaming.mcore_target import BACKEND_CONTENT, McoreTarget
 from megatron_skywork.convert.streaming.targets import Target
-from megatron_skywork.convert.streaming.torch_record import around, raw_bytes, record
 from megatron_skywork.convert.streaming.units import Unit, units_of
 from megatron_skywork.convert.table import Weight
 from megatron_skywork.errors import CheckpointError

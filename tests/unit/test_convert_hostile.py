@@ -15,9 +15,9 @@ import pytest
 import torch
 from hostile_folders import refused, use
 
+from megatron_skywork.convert.check.verify_manifest import verify_folder
+from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.convert.import_hf import import_hf
-from megatron_skywork.convert.marker import write_marker
-from megatron_skywork.convert.verify_manifest import verify_folder
 from megatron_skywork.errors import CheckpointError, ConfigError
 
 pytest_plugins = ("hostile_folders",)

@@ -17,9 +17,9 @@ import pytest
 import torch
 from hostile_folders import Attack, archive, refused, use
 
-from megatron_skywork.convert.archive_inspector import ArchiveInspector
-from megatron_skywork.convert.hf_files import HfReader
-from megatron_skywork.convert.marker import write_marker
+from megatron_skywork.convert.files.hf_files import HfReader
+from megatron_skywork.convert.files.marker import write_marker
+from megatron_skywork.convert.safety.archive_inspector import ArchiveInspector
 from megatron_skywork.errors import CheckpointError
 
 pytest_plugins = ("hostile_folders",)

@@ -17,8 +17,8 @@ from hostile_folders import Attack, archive, refused
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
-from megatron_skywork.convert import index_rules, safe_pickle
-from megatron_skywork.convert.marker import write_marker
+from megatron_skywork.convert.files.marker import write_marker
+from megatron_skywork.convert.safety import index_rules, safe_pickle
 
 pytest_plugins = ("hostile_folders",)
 pytestmark = pytest.mark.usefixtures("no_hang_and_no_flood")

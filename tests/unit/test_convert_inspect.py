@@ -10,9 +10,9 @@ import torch
 from convert_folders import MODEL, MOE, Tensors, ours_of, random_tensors, upcycled, write_hf, write_ours
 
 from megatron_skywork.config.schema import Moe
-from megatron_skywork.convert.checkpoint_folder import write_manifest
-from megatron_skywork.convert.inspect_folder import inspect_folder, state_sentence
-from megatron_skywork.convert.marker import write_marker
+from megatron_skywork.convert.check.inspect_folder import inspect_folder, state_sentence
+from megatron_skywork.convert.files.checkpoint_folder import write_manifest
+from megatron_skywork.convert.files.marker import write_marker
 
 FAMILIES = {
     "skywork_moe": MOE,

@@ -100,7 +100,7 @@ def test_tied_models_have_no_output_layer():
 
 
 def test_parameter_counts_of_the_published_models():
-    from megatron_skywork.convert.checkpoint_folder import count_parameters
+    from megatron_skywork.convert.files.checkpoint_folder import count_parameters
 
     dense = Model(num_layers=52, hidden_size=4608, ffn_hidden_size=12288, num_attention_heads=36, vocab_size=65519)
     assert round(count_parameters(dense, None)["total"] / 1e9, 2) == 13.85

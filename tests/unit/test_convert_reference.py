@@ -15,11 +15,11 @@ from convert_folders import MODEL, MOE, Tensors, ours_of, random_tensors, upcycl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_skywork.config.schema import Model, Moe
-from megatron_skywork.convert import reference_weights
-from megatron_skywork.convert.marker import write_marker
-from megatron_skywork.convert.reference import Forward, gate, logits_of, rotary
-from megatron_skywork.convert.reference_weights import HfLayers, OurLayers
-from megatron_skywork.convert.verify import LogitDistance, Tokens, compare, refuse_if_failed, tokens_for
+from megatron_skywork.convert.check import reference_weights
+from megatron_skywork.convert.check.reference import Forward, gate, logits_of, rotary
+from megatron_skywork.convert.check.reference_weights import HfLayers, OurLayers
+from megatron_skywork.convert.check.verify import LogitDistance, Tokens, compare, refuse_if_failed, tokens_for
+from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.errors import CheckpointError
 
 TOKENS_T = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 49, 0])

@@ -12,12 +12,12 @@ import pytest
 import torch
 from convert_folders import MODEL, MOE, Tensors, ours_of, random_tensors, write_hf, write_ours
 
-from megatron_skywork.convert import router_text
-from megatron_skywork.convert.methods.router_init import from_hidden, from_texts
-from megatron_skywork.convert.methods.seeds import generator
-from megatron_skywork.convert.reference_weights import HfLayers
-from megatron_skywork.convert.router_text import count_problem, rows_from_text, token_lists_for
-from megatron_skywork.convert.verify import open_layers, tokens_for
+from megatron_skywork.convert.check.reference_weights import HfLayers
+from megatron_skywork.convert.check.verify import open_layers, tokens_for
+from megatron_skywork.convert.upcycling import router_text
+from megatron_skywork.convert.upcycling.methods.router_init import from_hidden, from_texts
+from megatron_skywork.convert.upcycling.methods.seeds import generator
+from megatron_skywork.convert.upcycling.router_text import count_problem, rows_from_text, token_lists_for
 from megatron_skywork.errors import CheckpointError, ConfigError, DataError
 
 LONG = MODEL.model_copy(update={"num_layers": 4})

@@ -16,9 +16,9 @@ import pytest
 import torch
 from convert_folders import MODEL, MOE, ours_of, random_tensors, write_hf, write_ours
 
-from megatron_skywork.convert.checkpoint_folder import write_manifest
-from megatron_skywork.convert.marker import seal_holds, sealed, write_marker
-from megatron_skywork.convert.verify_manifest import refuse_if_wrong, verify_folder
+from megatron_skywork.convert.check.verify_manifest import refuse_if_wrong, verify_folder
+from megatron_skywork.convert.files.checkpoint_folder import write_manifest
+from megatron_skywork.convert.files.marker import seal_holds, sealed, write_marker
 from megatron_skywork.errors import CheckpointError
 
 KINDS = ("huggingface", "weights")

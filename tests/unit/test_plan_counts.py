@@ -60,7 +60,7 @@ def test_counts_of_small_models(model, moe, total, active):
 @pytest.mark.parametrize("name", ["tiny.yaml", "skywork_13b.yaml", "skywork_moe_146b.yaml"])
 def test_counts_equal_the_sum_over_the_table_of_weights(name):
     """The converter lists every tensor with its shape; the formula must come to the same number."""
-    from megatron_skywork.convert.checkpoint_folder import count_parameters as count_weights
+    from megatron_skywork.convert.files.checkpoint_folder import count_parameters as count_weights
 
     config = load_config([str(CONFIGS / name)])
     count = count_parameters(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_skywork.convert.read_bytes import read_part, read_tensor
+from megatron_skywork.convert.files.read_bytes import read_part, read_tensor
 from megatron_skywork.convert.streaming import file_writer
 from megatron_skywork.convert.streaming.file_writer import FileRecord, FileWriter, Stopped
 from megatron_skywork.errors import CheckpointError

@@ -14,14 +14,14 @@ import torch
 from convert_folders import MODEL, MOE, ours_of, random_tensors, write_hf, write_ours
 from safetensors.torch import load_file
 
-from megatron_skywork.convert import upcycle_plan
-from megatron_skywork.convert.hf_files import HfReader
-from megatron_skywork.convert.mcore_files import DistributedReader
-from megatron_skywork.convert.safe_pickle import read_metadata
+from megatron_skywork.convert.files.hf_files import HfReader
+from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.safety.safe_pickle import read_metadata
 from megatron_skywork.convert.sources import OurTensors
-from megatron_skywork.convert.upcycle import Output, upcycle
-from megatron_skywork.convert.upcycle_options import UpcycleOptions
-from megatron_skywork.convert.upcycle_plan import plan, write_rate
+from megatron_skywork.convert.upcycling import plan as upcycle_plan
+from megatron_skywork.convert.upcycling.options import UpcycleOptions
+from megatron_skywork.convert.upcycling.plan import plan, write_rate
+from megatron_skywork.convert.upcycling.upcycle import Output, upcycle
 from megatron_skywork.errors import CheckpointError, ConfigError
 
 DENSE_SECTION = b"model: {num_layers: 2, hidden_size: 16, ffn_hidden_size: 24, num_attention_heads: 4, vocab_size: 50}\n"

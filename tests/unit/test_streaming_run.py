@@ -17,17 +17,17 @@ import pytest
 import torch
 from convert_folders import MODEL, random_tensors, write_hf
 
+from megatron_skywork.convert.check.verify_manifest import verify_folder
 from megatron_skywork.convert.export_hf import export_hf
-from megatron_skywork.convert.hf_files import HfReader
+from megatron_skywork.convert.files.hf_files import HfReader
 from megatron_skywork.convert.import_hf import import_hf
 from megatron_skywork.convert.reshard import reshard
 from megatron_skywork.convert.streaming import file_writer, run
 from megatron_skywork.convert.streaming.file_writer import FileWriter
 from megatron_skywork.convert.streaming.ranks import PeerFailed, Ranks
 from megatron_skywork.convert.streaming.run import Options
-from megatron_skywork.convert.upcycle import Output, upcycle
-from megatron_skywork.convert.upcycle_options import UpcycleOptions
-from megatron_skywork.convert.verify_manifest import verify_folder
+from megatron_skywork.convert.upcycling.options import UpcycleOptions
+from megatron_skywork.convert.upcycling.upcycle import Output, upcycle
 from megatron_skywork.errors import CheckpointError
 
 FILE_BYTES = 3000

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_skywork.convert.output_folder import check_replaceable, check_space, free_bytes
+from megatron_skywork.convert.files.output_folder import check_replaceable, check_space, free_bytes
 from megatron_skywork.convert.streaming.file_writer import FileRecord
 from megatron_skywork.convert.streaming.staged import Staged
 from megatron_skywork.errors import CheckpointError

@@ -13,16 +13,16 @@ from convert_folders import MODEL, random_tensors, write_hf
 from safetensors.torch import load_file
 
 from megatron_skywork.convert.export_hf import export_hf
-from megatron_skywork.convert.hf_files import HfReader
+from megatron_skywork.convert.files.hf_files import HfReader
+from megatron_skywork.convert.files.mcore_files import DistributedReader
 from megatron_skywork.convert.layouts import PaddedVocab, Piece, Same, Stacked
-from megatron_skywork.convert.mcore_files import DistributedReader
 from megatron_skywork.convert.streaming.hf_target import HfTarget
 from megatron_skywork.convert.streaming.ranks import Ranks
 from megatron_skywork.convert.streaming.run import Options
 from megatron_skywork.convert.streaming.units import Ref, Unit, into_files, units_of
 from megatron_skywork.convert.table import Weight
-from megatron_skywork.convert.upcycle import Output, upcycle
-from megatron_skywork.convert.upcycle_options import UpcycleOptions
+from megatron_skywork.convert.upcycling.options import UpcycleOptions
+from megatron_skywork.convert.upcycling.upcycle import Output, upcycle
 
 FINE = UpcycleOptions(num_experts=8, topk=4, granularity=2, shared_expert_ffn=8, shared_expert_gate=True, noise=0.1)
 ONE_WORKER = Options(workers=1)

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_skywork.convert.methods import blend, drop, granular, router_init, row_chunks, shared
-from megatron_skywork.convert.methods.moments import moments
-from megatron_skywork.convert.methods.noise import with_noise
-from megatron_skywork.convert.methods.row_chunks import scaled
-from megatron_skywork.convert.methods.seeds import generator
+from megatron_skywork.convert.upcycling.methods import blend, drop, granular, router_init, row_chunks, shared
+from megatron_skywork.convert.upcycling.methods.moments import moments
+from megatron_skywork.convert.upcycling.methods.noise import with_noise
+from megatron_skywork.convert.upcycling.methods.row_chunks import scaled
+from megatron_skywork.convert.upcycling.methods.seeds import generator
 from megatron_skywork.errors import CheckpointError, ConfigError
 
 STORED = [torch.bfloat16, torch.float16, torch.float32]

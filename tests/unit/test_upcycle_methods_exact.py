@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_skywork.convert.methods import granular, router_init, shared
-from megatron_skywork.convert.methods.drop import dropped_columns, reinitialize
-from megatron_skywork.convert.methods.row_chunks import scaled
-from megatron_skywork.convert.methods.seeds import generator
+from megatron_skywork.convert.upcycling.methods import granular, router_init, shared
+from megatron_skywork.convert.upcycling.methods.drop import dropped_columns, reinitialize
+from megatron_skywork.convert.upcycling.methods.row_chunks import scaled
+from megatron_skywork.convert.upcycling.methods.seeds import generator
 
 FFN, HIDDEN, TOKENS, COPIES, CHOSEN = 24, 10, 50, 4, 2
 Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_skywork.convert.methods import router_init
-from megatron_skywork.convert.methods.seeds import generator
+from megatron_skywork.convert.upcycling.methods import router_init
+from megatron_skywork.convert.upcycling.methods.seeds import generator
 from megatron_skywork.errors import DataError
 
 

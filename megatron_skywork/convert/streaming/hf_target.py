@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_skywork.convert.hf_files import SAFETENSORS_DTYPES
+from megatron_skywork.convert.files.hf_files import SAFETENSORS_DTYPES
+from megatron_skywork.convert.files.torch_record import raw_bytes
 from megatron_skywork.convert.layouts import Piece, numel
 from megatron_skywork.convert.streaming.targets import PlannedFile
-from megatron_skywork.convert.streaming.torch_record import raw_bytes
 from megatron_skywork.convert.streaming.units import Unit, into_files
 
 SHARD_BYTES = 4 << 30

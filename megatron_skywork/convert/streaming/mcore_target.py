@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_skywork.convert.files.torch_record import around, raw_bytes, record
 from megatron_skywork.convert.layouts import Piece, Shape, numel
-from megatron_skywork.convert.safe_pickle import BACKEND, COMMON, METADATA
+from megatron_skywork.convert.safety.safe_pickle import BACKEND, COMMON, METADATA
 from megatron_skywork.convert.streaming.targets import PlannedFile
-from megatron_skywork.convert.streaming.torch_record import around, raw_bytes, record
 from megatron_skywork.convert.streaming.units import Unit, into_files
 from megatron_skywork.convert.table import Weight
 

@@ -15,8 +15,8 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from megatron_skywork.convert.marker import fsync
-from megatron_skywork.convert.output_folder import check_replaceable
+from megatron_skywork.convert.files.marker import fsync
+from megatron_skywork.convert.files.output_folder import check_replaceable
 from megatron_skywork.convert.streaming.file_writer import FileRecord
 from megatron_skywork.errors import CheckpointError
 
@@ -141,10 +141,3 @@ def _write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def leftovers(out: Path | str) -> Path | None:
-    """The hidden folder of an interrupted conversion to `out`, where there is one."""
-    path = Path(os.path.abspath(out))
-    folder = path.parent / f".{path.name}.partial"
-    return folder if folder.is_dir() else None

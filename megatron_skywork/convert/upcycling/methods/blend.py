@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_skywork.convert.methods.row_chunks import CHUNK_ELEMENTS
+from megatron_skywork.convert.upcycling.methods.row_chunks import CHUNK_ELEMENTS
 from megatron_skywork.errors import CheckpointError
 
 

@@ -11,14 +11,14 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from megatron_skywork.convert.files.marker import check_marker
+from megatron_skywork.convert.files.read_bytes import read_part, read_tensor
+from megatron_skywork.convert.files.tensors import TensorInfo
+from megatron_skywork.convert.files.torch_record import around
 from megatron_skywork.convert.layouts import Shape, numel
-from megatron_skywork.convert.marker import check_marker
-from megatron_skywork.convert.read_bytes import read_part, read_tensor
-from megatron_skywork.convert.safe_archive import read_object
-from megatron_skywork.convert.safe_pickle import METADATA, read_metadata
-from megatron_skywork.convert.streaming.torch_record import around
+from megatron_skywork.convert.safety.safe_archive import read_object
+from megatron_skywork.convert.safety.safe_pickle import METADATA, read_metadata
 from megatron_skywork.convert.table import OUR_STATE_SUFFIXES, OUR_WEIGHT_PREFIXES
-from megatron_skywork.convert.tensors import TensorInfo
 from megatron_skywork.errors import CheckpointError
 
 # What torch.save writes around a tensor's numbers is a few thousand bytes.

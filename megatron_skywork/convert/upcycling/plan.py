@@ -17,18 +17,18 @@ from pydantic import ValidationError
 
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.config.yaml_strict import read_yaml
-from megatron_skywork.convert.checkpoint_folder import count_parameters, layout_summary
 from megatron_skywork.convert.compare_names import dtype_name
 from megatron_skywork.convert.families import choose_family, read_config
-from megatron_skywork.convert.hf_files import read_json
+from megatron_skywork.convert.files.checkpoint_folder import count_parameters, layout_summary
+from megatron_skywork.convert.files.hf_files import read_json
+from megatron_skywork.convert.files.output_folder import free_bytes
 from megatron_skywork.convert.layouts import numel
-from megatron_skywork.convert.output_folder import free_bytes
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.streaming.file_writer import BLOCK_BYTES, FileWriter
 from megatron_skywork.convert.table import Weight, weights
-from megatron_skywork.convert.upcycle import MCORE, Output, open_sources, refuse_mixture
-from megatron_skywork.convert.upcycle_options import UpcycleOptions, moe_section
-from megatron_skywork.convert.upcycle_recipe import UpcycleRecipe
+from megatron_skywork.convert.upcycling.options import UpcycleOptions, moe_section
+from megatron_skywork.convert.upcycling.recipe import UpcycleRecipe
+from megatron_skywork.convert.upcycling.upcycle import MCORE, Output, open_sources, refuse_mixture
 from megatron_skywork.errors import CheckpointError
 
 _PROBE_BLOCKS = 32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_skywork.convert.checkpoint_folder import HF_FOLDER
+from megatron_skywork.convert.files.checkpoint_folder import HF_FOLDER
 from megatron_skywork.errors import CheckpointError
 
 _NAMES = ("tokenizer.json", "tokenizer.model")

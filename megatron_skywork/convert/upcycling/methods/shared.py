@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_skywork.convert.methods.row_chunks import scaled
+from megatron_skywork.convert.upcycling.methods.row_chunks import scaled
 from megatron_skywork.errors import ConfigError
 
 

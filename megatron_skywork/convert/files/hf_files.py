@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_skywork.convert.marker import check_link, inside
-from megatron_skywork.convert.read_bytes import read_part, read_tensor
-from megatron_skywork.convert.safe_archive import load_tensors
-from megatron_skywork.convert.shown import first_lines
-from megatron_skywork.convert.tensors import TensorInfo
-from megatron_skywork.convert.text_files import json_object
+from megatron_skywork.convert.files.marker import check_link, inside
+from megatron_skywork.convert.files.read_bytes import read_part, read_tensor
+from megatron_skywork.convert.files.tensors import TensorInfo
+from megatron_skywork.convert.files.text_files import json_object
+from megatron_skywork.convert.safety.safe_archive import load_tensors
+from megatron_skywork.convert.safety.shown import first_lines
 from megatron_skywork.errors import CheckpointError
 
 SAFETENSORS_DTYPES = {

@@ -2,7 +2,7 @@
 
 Copy (Skywork-MoE report, section 3, after Komatsuzaki et al., arXiv 2212.05055): every chosen layer's feed-forward is copied into all experts, the router is
 new. Experts are equal and the weights of the chosen ones sum to 1, so at step 0 the mixture computes exactly what the dense model computes, whatever the router
-says. The other methods are in `methods`, their settings in `upcycle_options`, and how they are put together in `upcycle_recipe`.
+says. The other methods are in `methods`, their settings in `options`, and how they are put together in `recipe`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from megatron_skywork.config.schema import Model, Moe
-from megatron_skywork.convert.checkpoint_folder import count_parameters, layout_summary
 from megatron_skywork.convert.compare_names import dtype_name
 from megatron_skywork.convert.export_hf import hf_folder
 from megatron_skywork.convert.families import choose_family
+from megatron_skywork.convert.files.checkpoint_folder import count_parameters, layout_summary
+from megatron_skywork.convert.files.torch_record import raw_bytes
 from megatron_skywork.convert.import_hf import our_folder
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.sources import open_source
@@ -28,11 +29,10 @@ from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, McoreTar
 from megatron_skywork.convert.streaming.run import Job, Options, run
 from megatron_skywork.convert.streaming.staged import Staged
 from megatron_skywork.convert.streaming.targets import Target
-from megatron_skywork.convert.streaming.torch_record import raw_bytes
 from megatron_skywork.convert.streaming.units import Ref, units_of
 from megatron_skywork.convert.table import extra_states, weights
-from megatron_skywork.convert.upcycle_options import UpcycleOptions, moe_section
-from megatron_skywork.convert.upcycle_recipe import UpcycleRecipe
+from megatron_skywork.convert.upcycling.options import UpcycleOptions, moe_section
+from megatron_skywork.convert.upcycling.recipe import UpcycleRecipe
 from megatron_skywork.errors import CheckpointError
 
 _PLAIN = Options()

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_skywork.convert.methods.moments import moments
-from megatron_skywork.convert.methods.row_chunks import row_chunks
+from megatron_skywork.convert.upcycling.methods.moments import moments
+from megatron_skywork.convert.upcycling.methods.row_chunks import row_chunks
 from megatron_skywork.errors import ConfigError
 
 

@@ -19,12 +19,12 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from megatron_skywork.convert.index_rules import check_index
-from megatron_skywork.convert.marker import check_link
-from megatron_skywork.convert.pickle_inspector import Inspector, RefusedPickle, ordered
-from megatron_skywork.convert.safe_archive import LARGEST_OBJECT_BYTES, content_of, read_object
-from megatron_skywork.convert.shown import reason, shown
-from megatron_skywork.convert.text_files import json_object
+from megatron_skywork.convert.files.marker import check_link
+from megatron_skywork.convert.files.text_files import json_object
+from megatron_skywork.convert.safety.index_rules import check_index
+from megatron_skywork.convert.safety.pickle_inspector import Inspector, RefusedPickle, ordered
+from megatron_skywork.convert.safety.safe_archive import LARGEST_OBJECT_BYTES, content_of, read_object
+from megatron_skywork.convert.safety.shown import reason, shown
 from megatron_skywork.errors import CheckpointError
 
 METADATA = ".metadata"

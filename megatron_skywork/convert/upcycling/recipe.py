@@ -13,16 +13,16 @@ import torch
 
 from megatron_skywork.config.schema import Model
 from megatron_skywork.convert.layouts import Piece
-from megatron_skywork.convert.methods import blend, granular, router_init, shared
-from megatron_skywork.convert.methods.drop import dropped_columns, reinitialize
-from megatron_skywork.convert.methods.moments import moments
-from megatron_skywork.convert.methods.noise import with_noise
-from megatron_skywork.convert.methods.row_chunks import row_chunks, scaled
-from megatron_skywork.convert.methods.seeds import generator
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.streaming.units import Ref, Unit
 from megatron_skywork.convert.table import Weight
-from megatron_skywork.convert.upcycle_options import UpcycleOptions
+from megatron_skywork.convert.upcycling.methods import blend, granular, router_init, shared
+from megatron_skywork.convert.upcycling.methods.drop import dropped_columns, reinitialize
+from megatron_skywork.convert.upcycling.methods.moments import moments
+from megatron_skywork.convert.upcycling.methods.noise import with_noise
+from megatron_skywork.convert.upcycling.methods.row_chunks import row_chunks, scaled
+from megatron_skywork.convert.upcycling.methods.seeds import generator
+from megatron_skywork.convert.upcycling.options import UpcycleOptions
 
 # Of a feed-forward's matrices by the kind of our tensor: their dense names, in the order of its parts, and the axis of the inner columns.
 _MATRICES = {"fc1": (("gate_proj", "up_proj"), 0), "fc2": (("down_proj",), 1)}

@@ -19,12 +19,12 @@ from pydantic import ValidationError
 import megatron_skywork
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.config.yaml_strict import read_yaml, write_yaml
-from megatron_skywork.convert.hf_files import read_json
+from megatron_skywork.convert.files.hf_files import read_json
+from megatron_skywork.convert.files.marker import check_link, list_files, sealed
+from megatron_skywork.convert.files.text_files import LARGEST_YAML_BYTES, text_of
 from megatron_skywork.convert.layouts import numel
-from megatron_skywork.convert.marker import check_link, list_files, sealed
-from megatron_skywork.convert.shown import first_lines, shown
+from megatron_skywork.convert.safety.shown import first_lines, shown
 from megatron_skywork.convert.table import moe_layers, weights
-from megatron_skywork.convert.text_files import LARGEST_YAML_BYTES, text_of
 from megatron_skywork.errors import CheckpointError
 
 MODEL_FILE = "model.yaml"

@@ -16,15 +16,15 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_skywork.convert.checkpoint_folder import MANIFEST, check_plain, describe, is_ours
+from megatron_skywork.convert.check.reference import Forward
+from megatron_skywork.convert.check.reference_weights import HfLayers, Layers, OurLayers
+from megatron_skywork.convert.check.sample_text import SAMPLE
+from megatron_skywork.convert.check.text_tokens import encode, find_tokenizer, ids_tensor
 from megatron_skywork.convert.compare_names import check_ours
-from megatron_skywork.convert.hf_files import read_json
-from megatron_skywork.convert.mcore_files import DistributedReader
-from megatron_skywork.convert.reference import Forward
-from megatron_skywork.convert.reference_weights import HfLayers, Layers, OurLayers
-from megatron_skywork.convert.sample_text import SAMPLE
+from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, check_plain, describe, is_ours
+from megatron_skywork.convert.files.hf_files import read_json
+from megatron_skywork.convert.files.mcore_files import DistributedReader
 from megatron_skywork.convert.sources import open_source
-from megatron_skywork.convert.text_tokens import encode, find_tokenizer, ids_tensor
 from megatron_skywork.errors import CheckpointError
 
 TOLERANCE = 1e-4

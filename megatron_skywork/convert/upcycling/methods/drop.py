@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_skywork.convert.methods.moments import moments
-from megatron_skywork.convert.methods.row_chunks import rows_per_chunk
+from megatron_skywork.convert.upcycling.methods.moments import moments
+from megatron_skywork.convert.upcycling.methods.row_chunks import rows_per_chunk
 from megatron_skywork.errors import ConfigError
 
 

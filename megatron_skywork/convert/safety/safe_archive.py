@@ -19,9 +19,9 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_skywork.convert.archive_inspector import ArchiveInspector, StoredTensor
-from megatron_skywork.convert.pickle_inspector import RefusedPickle
-from megatron_skywork.convert.shown import first_lines, reason, shown
+from megatron_skywork.convert.safety.archive_inspector import ArchiveInspector, StoredTensor
+from megatron_skywork.convert.safety.pickle_inspector import RefusedPickle
+from megatron_skywork.convert.safety.shown import first_lines, reason, shown
 from megatron_skywork.errors import CheckpointError
 
 # Settings and random states take a few thousand bytes, an index a few hundred for a box; what claims to be larger is not read into memory.

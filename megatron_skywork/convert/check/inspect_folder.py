@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from megatron_skywork.config.schema import Model, Moe
-from megatron_skywork.convert.checkpoint_folder import MANIFEST, count_parameters, describe, is_ours, layout_summary, step_of
 from megatron_skywork.convert.compare_names import check_ours, dtype_name, main_dtype
-from megatron_skywork.convert.hf_files import read_json
-from megatron_skywork.convert.marker import MARKER, list_files
-from megatron_skywork.convert.mcore_files import DistributedReader
-from megatron_skywork.convert.safe_pickle import check_metadata
+from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, count_parameters, describe, is_ours, layout_summary, step_of
+from megatron_skywork.convert.files.hf_files import read_json
+from megatron_skywork.convert.files.marker import MARKER, list_files
+from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.safety.safe_pickle import check_metadata
 from megatron_skywork.convert.sources import open_hf
 from megatron_skywork.convert.table import Weight, weights
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from megatron_skywork.config.schema import Moe
-from megatron_skywork.convert.reference_weights import FeedForward, HfLayers, Layer, Layers, OurLayers
+from megatron_skywork.convert.check.reference_weights import FeedForward, HfLayers, Layer, Layers, OurLayers
 
 __all__ = ["Forward", "HfLayers", "OurLayers", "gate", "logits_of", "rotary", "swiglu"]
 

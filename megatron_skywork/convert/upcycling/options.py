@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from megatron_skywork.config.schema import Model, Moe
-from megatron_skywork.convert.methods import drop, granular, noise, shared
+from megatron_skywork.convert.upcycling.methods import drop, granular, noise, shared
 from megatron_skywork.errors import ConfigError
 
 ROUTER_INITS = ("normal", "zero", "orthogonal", "text")

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_skywork.convert.marker import MARKER
+from megatron_skywork.convert.files.marker import MARKER
 from megatron_skywork.convert.progress import human
 from megatron_skywork.errors import CheckpointError
 

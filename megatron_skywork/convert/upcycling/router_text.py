@@ -23,11 +23,11 @@ from typing import TextIO
 
 import torch
 
-from megatron_skywork.convert.methods.router_init import from_hidden, from_texts
-from megatron_skywork.convert.methods.seeds import generator
-from megatron_skywork.convert.reference import Forward
-from megatron_skywork.convert.reference_weights import FeedForward, Layer, Layers
-from megatron_skywork.convert.text_tokens import encode, find_tokenizer, ids_tensor
+from megatron_skywork.convert.check.reference import Forward
+from megatron_skywork.convert.check.reference_weights import FeedForward, Layer, Layers
+from megatron_skywork.convert.check.text_tokens import encode, find_tokenizer, ids_tensor
+from megatron_skywork.convert.upcycling.methods.router_init import from_hidden, from_texts
+from megatron_skywork.convert.upcycling.methods.seeds import generator
 from megatron_skywork.errors import CheckpointError, ConfigError, DataError
 
 OPTION = "--router-text"

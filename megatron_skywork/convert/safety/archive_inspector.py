@@ -17,8 +17,8 @@ from typing import Any
 import numpy
 import torch
 
-from megatron_skywork.convert.pickle_inspector import Inspector, RefusedPickle, ordered
-from megatron_skywork.convert.shown import shown
+from megatron_skywork.convert.safety.pickle_inspector import Inspector, RefusedPickle, ordered
+from megatron_skywork.convert.safety.shown import shown
 
 _DTYPES = {kind: dtype for dtype, kind in torch.storage._dtype_to_storage_type_map().items()}
 _NUMBERS = re.compile(r"[?biufc][0-9]{0,2}")

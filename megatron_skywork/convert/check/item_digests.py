@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from megatron_skywork.convert.safe_pickle import COMMON, read_metadata, read_object
+from megatron_skywork.convert.safety.safe_pickle import COMMON, read_metadata, read_object
 
 _SETTINGS = "common_state"
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_skywork.convert.marker import check_link
+from megatron_skywork.convert.files.marker import check_link
 from megatron_skywork.errors import CheckpointError
 
 # The index of 140,000 tensors takes 15 MB; parsed, an object takes up to twenty times its text.

@@ -17,13 +17,13 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_skywork.convert.checkpoint_folder import MANIFEST, describe, is_ours, step_of
 from megatron_skywork.convert.compare_names import check_ours
-from megatron_skywork.convert.hf_files import read_json
-from megatron_skywork.convert.marker import MARKER, blob_hash, check_link, inside, list_files, marker_text, seal_holds
-from megatron_skywork.convert.mcore_files import DistributedReader
+from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, describe, is_ours, step_of
+from megatron_skywork.convert.files.hf_files import read_json
+from megatron_skywork.convert.files.marker import MARKER, blob_hash, check_link, inside, list_files, marker_text, seal_holds
+from megatron_skywork.convert.files.mcore_files import DistributedReader
 from megatron_skywork.convert.progress import Progress
-from megatron_skywork.convert.safe_pickle import check_metadata
+from megatron_skywork.convert.safety.safe_pickle import check_metadata
 from megatron_skywork.convert.sources import open_hf
 from megatron_skywork.errors import CheckpointError, UserError
 

@@ -15,7 +15,7 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-from megatron_skywork.convert.shown import first_lines
+from megatron_skywork.convert.safety.shown import first_lines
 from megatron_skywork.errors import CheckpointError
 
 MARKER = "complete.json"

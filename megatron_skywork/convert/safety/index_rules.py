@@ -16,8 +16,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from megatron_skywork.convert.marker import inside
-from megatron_skywork.convert.shown import first_lines, shown
+from megatron_skywork.convert.files.marker import inside
+from megatron_skywork.convert.safety.shown import first_lines, shown
 from megatron_skywork.errors import CheckpointError
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
