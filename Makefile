@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation test lint unit test-312 clean
+.PHONY: help env demo ablation bench-upcycle test lint unit test-312 clean
 
 PYTHON ?= python3
 PYTHON312 ?=
@@ -13,7 +13,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PATH="$(CURDIR)/$(BIN):$$PATH"
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo "  settings: PYTHON=python3.11 (makes .venv), PYTHON312=PATH (makes .venv312), DENSE=DIR and DATA='*.jsonl' (make demo), ABLATION='--seeds 1' (make ablation; tools/ablation.py --help)"
 
 env: .venv/installed  ## make .venv with this package, its extras and the pinned versions
@@ -23,6 +23,9 @@ demo: .venv/installed  ## dense model -> MoE -> training -> export -> report, in
 
 ablation: .venv/installed  ## the routing ablation, an hour on two cores: gate normalization and coefficients, three seeds, in runs/ablation
 	@$(BIN)/python tools/ablation.py $(ABLATION)
+
+bench-upcycle: .venv/installed  ## upcycling against plain writing on the same disk, and its memory, half an hour and 55 GB free: FOLDER=DIR, MERGEKIT=PATH of mergekit-moe
+	@$(BIN)/python benchmarks/upcycle.py --memory-layers 2,4,8 $(if $(FOLDER),--folder '$(FOLDER)') $(if $(MERGEKIT),--mergekit '$(MERGEKIT)')
 
 test: .venv/installed lint unit test-312  ## everything CI runs: ruff, mypy, all tests, and tests/distributed on Python 3.12
 	@echo "== closing lines"

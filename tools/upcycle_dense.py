@@ -120,6 +120,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         raise ConfigError(f"--workers={arguments.workers}: must be 1 or more")
     if arguments.file_gib is not None and not 1 <= arguments.file_gib * 2**30 < math.inf:
         raise ConfigError(f"--file-gib={arguments.file_gib}: must be above 0, and a number of GiB")
+    if arguments.format == "mcore" and arguments.hf_family != "auto":
+        raise ConfigError(f"--hf-family={arguments.hf_family}: is for --format hf, and the format is mcore")
     options = UpcycleOptions(
         num_experts=arguments.num_experts, topk=arguments.topk, layers=arguments.moe_layers, noise=arguments.noise, drop_ratio=arguments.drop_ratio,
         granularity=arguments.granularity, shared_expert_ffn=arguments.shared_expert_ffn, shared_expert_gate=arguments.shared_expert_gate,

@@ -266,6 +266,8 @@ def test_settings_that_change_the_forward_are_not_exported(dense: dict[str, Path
         ({"num_experts": 4, "topk": 5}, "topk=5"),
         ({"num_experts": 4, "layers": (3,)}, r"\[3\]"),
         ({"num_experts": 4, "noise": -1.0}, "noise"),
+        ({"num_experts": 4, "noise": 1e300}, "0 to 100"),
+        ({"num_experts": 4, "router_init_std": 1e300}, "0 to 100"),
     ],
 )
 def test_impossible_options_are_configuration_errors(options: dict, problem: str, dense: dict[str, Path], tmp_path: Path):
@@ -291,6 +293,7 @@ def test_the_commands_of_the_readme(dense: dict[str, Path], tmp_path: Path, caps
     assert upcycle_dense.main([*words, "--overwrite"]) == 0
     assert upcycle_dense.main(["--dense", str(tmp_path / "none"), "--out", hf, "--num-experts", "4"]) == 3
     assert upcycle_dense.main(["--dense", str(dense["llama"]), "--out", hf, "--num-experts", "0"]) == 2
+    assert upcycle_dense.main([*words, "--hf-family", "mixtral"]) == 2 and "--format hf" in capsys.readouterr().err
     capsys.readouterr()
 
     assert convert_checkpoint.main(["verify-upcycle", "--dense", str(dense["llama"]), "--checkpoint", moe, "--precision", "fp64", "--json"]) == 0

@@ -15,7 +15,7 @@ from convert_folders import MODEL, MOE, Tensors, ours_of, random_tensors, upcycl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_skywork.config.schema import Model, Moe
-from megatron_skywork.convert.check import reference_weights
+from megatron_skywork.convert.check import reference_weights, verify
 from megatron_skywork.convert.check.reference import Forward, gate, logits_of, rotary
 from megatron_skywork.convert.check.reference_weights import HfLayers, OurLayers
 from megatron_skywork.convert.check.verify import LogitDistance, Tokens, compare, refuse_if_failed, tokens_for
@@ -195,6 +195,15 @@ def test_streamed_distance_is_the_distance(chunk: int):
     assert found["kl"] == pytest.approx(float((log_a_TV.exp() * (log_a_TV - log_b_TV)).sum(-1).mean()), rel=1e-9)
     assert found["largest_logit_difference"] == float((a_TV - b_TV).abs().max()) and found["largest_logit"] == float(a_TV.abs().max())
     assert 0 < found["same_top_token"] < 1 and found["same_top_token"] == float((a_TV.argmax(-1) == b_TV.argmax(-1)).double().mean())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("difference", [float("nan"), float("inf")], ids=str)
+def test_a_result_that_is_no_model_is_refused_whatever_its_method(difference: float, exact: bool):
+    result = {"largest_logit_difference": difference, "tokens": 3, "layer_differences": [difference], "tolerance": 1e-4, "kl": difference}
+    assert verify._passed(difference, exact) is False and verify._passed(5.0, exact) is (False if exact else None) and verify._passed(1e-5, True) is True
+    with pytest.raises(CheckpointError, match="NaN or infinite logits"):
+        refuse_if_failed({**result, "passed": verify._passed(difference, exact)})
 
 
 def test_a_nan_is_neither_close_nor_lost():

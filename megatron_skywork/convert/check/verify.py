@@ -9,6 +9,7 @@ Shape letters: T tokens, H hidden, C tokens of a chunk of the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def compare(
     Returns:
         largest_logit_difference, kl (mean over positions, KL(dense || other), nats), same_top_token (share of positions), largest_logit, layer_differences
         (per layer: the largest |difference| / |dense| of a token's residual stream), tokens, text (where they are from), tolerance, precision, exact (what the
-        manifest says the method is; without one it is held to be), passed (None where the method is inexact).
+        manifest says the method is; without one it is held to be), passed (None where the method is inexact and all logits are finite).
 
     Raises:
         CheckpointError: as `open_layers`; `dense` is a mixture; the two have other layers or tokens; tokens outside the vocabulary.
@@ -129,9 +130,13 @@ def compare(
         "tolerance": TOLERANCE,
         "precision": precision,
         "exact": exact,
-        # `not (x <= y)` would let NaN pass; this does not.
-        "passed": (found["largest_logit_difference"] <= TOLERANCE) if exact else None,
+        "passed": _passed(found["largest_logit_difference"], exact),
     }
+
+
+def _passed(difference: float, exact: bool) -> bool | None:
+    """Exact methods must be near; inexact ones must be a model: NaN and infinite logits are none."""
+    return difference <= TOLERANCE if exact or not math.isfinite(difference) else None
 
 
 def _check_pair(dense: Path | str, left: Layers, other: Path | str, right: Layers) -> None:
@@ -206,7 +211,9 @@ class LogitDistance:
 
 
 def refuse_if_failed(result: dict[str, Any]) -> None:
-    """Raise a CheckpointError for a result of an exact method that is outside the tolerance."""
+    """Raise a CheckpointError for a result of an exact method that is outside the tolerance, and for one that is no model."""
+    if not math.isfinite(result["largest_logit_difference"]):
+        raise CheckpointError(f"the result computes NaN or infinite logits over {result['tokens']} tokens: numbers of the dense model or of the method are too large")
     if result["passed"] is False:
         first = next((number for number, value in enumerate(result["layer_differences"], start=1) if not value <= result["tolerance"]), None)
         where = f", the first layer to differ by more is number {first}" if first else ""

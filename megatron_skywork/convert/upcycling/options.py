@@ -173,8 +173,8 @@ def _router_problems(options: UpcycleOptions) -> Iterator[str]:
         yield "--router-init=text: needs --router-text FILE, once, or once for each expert"
     if options.router_texts and options.router_init != "text":
         yield f"--router-text: is for --router-init=text, and it is {options.router_init}"
-    if not options.router_init_std >= 0:
-        yield f"--router-init-std={options.router_init_std}: must be 0 or above"
+    if not 0 <= options.router_init_std <= 100:
+        yield f"--router-init-std={options.router_init_std}: must be 0 to 100; the report's is 0.01"
 
 
 def _source_problems(options: UpcycleOptions) -> Iterator[str]:

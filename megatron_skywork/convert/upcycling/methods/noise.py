@@ -20,7 +20,7 @@ from megatron_skywork.errors import ConfigError
 
 def noise_problem(share: float) -> str | None:
     """What is wrong with a share of noise, or None."""
-    return None if 0.0 <= share < float("inf") else f"--noise={share}: a share of the weight's standard deviation, 0 or above; 0.01 to 0.1 are usual"
+    return None if 0.0 <= share <= 100.0 else f"--noise={share}: a share of the weight's standard deviation, 0 to 100; 0.01 to 0.1 are usual"
 
 
 def with_noise(matrix: torch.Tensor, share: float, generator: torch.Generator, std: float | None = None) -> torch.Tensor:
