@@ -1,4 +1,4 @@
-"""benchmarks/upcycle.py on a model of a few thousand weights: that it runs, compares what it says it compares, and notices a wrong mixture. No time is looked at."""
+"""benchmarks/upcycle.py on a tiny model: that it runs, compares what it says it compares, and notices a wrong mixture. No time is looked at."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_benchmark_runs_and_holds_the_experts_against_the_dense_model(tmp_pa
     assert [case["format"] for case in found["pairs"]] == ["mcore", "hf"] and [run["layers"] for run in found["memory"]] == [1, 1]
     for case in found["pairs"]:
         assert case["bytes"] > found["source_bytes"] and case["tool_seconds"] > 0 and case["plain_seconds"] > 0
-        assert case["ratio"]["median"] == pytest.approx(case["plain_seconds"] / case["tool_seconds"], rel=1e-3)
+        assert case["ratio"]["median"] == pytest.approx(case["plain_seconds"] / case["tool_seconds"], abs=1e-4)
     check = found["pairs"][1]["check"]
     assert check["experts_equal"] == check["experts"] == 12 and check["others_equal"]
     assert list(tmp_path.iterdir()) == [], "nothing is left on the disk"
@@ -54,7 +54,7 @@ def test_a_wrong_mixture_fails_the_benchmark(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--formats", "gguf"], "mcore, hf"), (["--workers", "0"], "below 1"), (["--layers", "0"], "1 or more"), (["--mergekit", "no-such-program"], "no-such-program")],
+    [(["--formats", "gguf"], "mcore, hf"), (["--workers", "0"], "below 1"), (["--layers", "0"], "1 or more"), (["--mergekit", "no-such"], "no-such")],
 )
 def test_wrong_arguments_are_answered_at_once(words: list[str], said: str, tmp_path: Path):
     done = bench(tmp_path, *words)

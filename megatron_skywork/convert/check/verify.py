@@ -213,7 +213,9 @@ class LogitDistance:
 def refuse_if_failed(result: dict[str, Any]) -> None:
     """Raise a CheckpointError for a result of an exact method that is outside the tolerance, and for one that is no model."""
     if not math.isfinite(result["largest_logit_difference"]):
-        raise CheckpointError(f"the result computes NaN or infinite logits over {result['tokens']} tokens: numbers of the dense model or of the method are too large")
+        raise CheckpointError(
+            f"the result computes NaN or infinite logits over {result['tokens']} tokens: the dense model is damaged, or a method's number too large"
+        )
     if result["passed"] is False:
         first = next((number for number, value in enumerate(result["layer_differences"], start=1) if not value <= result["tolerance"]), None)
         where = f", the first layer to differ by more is number {first}" if first else ""
