@@ -251,6 +251,8 @@ def measure(bench: Bench) -> dict[str, Any]:
 def main() -> int:
     arguments = parse()
     try:
+        if arguments.folder is not None:
+            arguments.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="upcycle-benchmark-", dir=arguments.folder) as name:
             result = measure(Bench(arguments, Path(name)))
     except UserError as error:

@@ -35,6 +35,10 @@ def finish(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], di
         print(json.dumps(result) if arguments.json else describe(result), flush=True)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: the work is done, and its result cannot be printed ({error.strerror or error})", file=sys.stderr)
+        return EXIT_OTHER
     return EXIT_REFUSED if result.get("passed") is False else EXIT_DONE
 
 
@@ -53,14 +57,17 @@ def lines(result: dict[str, Any], indent: str = "") -> str:
         elif isinstance(value, dict):
             found += [f"{indent}{name}:", lines(value, indent + "  ")]
         elif name == "problems":
-            found += [f"{indent}{name}:", *(f"{indent}  {item}" for item in value)]
+            found += [f"{indent}{name}:", *(f"{indent}  {_shown(item)}" for item in value)]
         else:
             found.append(f"{indent}{name}: {', '.join(map(_shown, value)) if isinstance(value, list) else _shown(value) if name != 'seed' else value}")
     return "\n".join(found)
 
 
 def _shown(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    # Names come from a stranger's folder: a line break or an escape sequence in one must not pass for output of ours.
+    return f"{value:.6g}" if isinstance(value, float) else str(UserError(str(value))).replace("\n", "\\n")
 
 
 def _by_number(values: dict[str, Any]) -> str:

@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
 from tool_main import finish  # noqa: E402
+
+LARGEST_NUMBER = 100_000
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -30,7 +33,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dense", required=True, metavar="PLACE", help="dense model: Hugging Face folder, folder of ours, or .gguf file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; absent or complete, never half")
     parser.add_argument("--format", default="mcore", choices=["mcore", "hf"], help="a folder of ours for training (default), or a Hugging Face folder")
-    parser.add_argument("--hf-family", default="auto", metavar="TYPE", help="with hf: skywork_moe, mixtral, qwen2_moe or qwen3_moe (default: skywork_moe)")
+    families = ["auto", "skywork_moe", "mixtral", "qwen2_moe", "qwen3_moe"]
+    parser.add_argument("--hf-family", default="auto", choices=families, help="with hf: the model type to write (default: skywork_moe)")
     add_shape(parser)
     add_method(parser)
     add_router(parser)
@@ -95,6 +99,8 @@ def number_list(text: str) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
             raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,3,5-7")
+        if int(last or first) > LARGEST_NUMBER:
+            raise argparse.ArgumentTypeError(f"{text!r} names numbers above {LARGEST_NUMBER:,}, and no model has so many")
         found += range(int(first), int(last or first) + 1)
     return tuple(found)
 
@@ -109,6 +115,7 @@ def expert_source(text: str) -> tuple[str, tuple[int, ...]]:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Plan, or upcycle and compare; the result as a dictionary, on the first rank."""
+    from megatron_skywork.convert.files.output_folder import check_replaceable
     from megatron_skywork.convert.streaming.ranks import Ranks
     from megatron_skywork.convert.streaming.run import Options
     from megatron_skywork.convert.upcycling.options import UpcycleOptions
@@ -131,12 +138,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
     )  # fmt: skip
     output = Output(arguments.format, arguments.hf_family, None if arguments.file_gib is None else int(arguments.file_gib * 2**30))
     if arguments.dry_run:
+        check_replaceable(Path(arguments.out), arguments.overwrite)
         return {"dry_run": True, **plan(arguments.dense, arguments.out, options, output)}
     ranks = Ranks.from_environment()
     try:
         result = upcycle(
             arguments.dense, arguments.out, options, output, Options(arguments.workers, arguments.overwrite, arguments.check_finite, sys.stderr, ranks),
-            accept=(lambda folder: compared(arguments, folder)) if arguments.verify else None,
+            accept=gate(arguments) if arguments.verify else None,
             routers=(lambda moe: ranks.from_first(lambda: router_rows(arguments, moe))) if arguments.router_init == "text" else None,
         )  # fmt: skip
         return result if ranks.rank == 0 else None
@@ -144,16 +152,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any] | None:
         ranks.close()
 
 
-def compared(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The step-0 gate: the finished folder against the dense model."""
+def gate(arguments: argparse.Namespace) -> Callable[[Path], dict[str, Any]]:
+    """The step-0 gate: compares a finished folder with the dense model. Its text is made into tokens now, before anything is written."""
     from megatron_skywork.convert.check.verify import compare, refuse_if_failed, tokens_for
     from megatron_skywork.convert.sources import open_source
 
     source = open_source(arguments.dense)
     tokens = tokens_for(source.carried or source.folder, source.model.vocab_size, arguments.verify_text, arguments.verify_tokens)
-    result = compare(arguments.dense, folder, tokens, progress=sys.stderr, precision=arguments.precision)
-    refuse_if_failed(result)
-    return result
+
+    def compared(folder: Path) -> dict[str, Any]:
+        result = compare(arguments.dense, folder, tokens, progress=sys.stderr, precision=arguments.precision)
+        refuse_if_failed(result)
+        return result
+
+    return compared
 
 
 def router_rows(arguments: argparse.Namespace, moe: Any) -> dict[int, Any]:
@@ -190,12 +202,13 @@ def describe(result: dict[str, Any]) -> str:
         fits = "fits" if result["fits"] else "DOES NOT FIT"
         lines.append(f"{human(result['bytes'])} to write in {result['dtype']}, {human(result['free_bytes'])} free: {fits}; {time}")
         return "\n".join(lines)
-    lines.append(f"{result['out']}: {human(result['bytes'])} in {result['seconds']:.1f} s")
+    lines.append(f"{result['out']}: {human(result['bytes'])} written in {result['write_seconds']:.1f} s")
     if "verify" in result:
         verified = result["verify"]
         verdict = {True: "equal within the tolerance", None: "inexact by its method"}[verified["passed"]]
         difference, kl = verified["largest_logit_difference"], verified["kl"]
-        lines.append(f"against the dense model over {verified['tokens']} tokens: largest logit difference {difference:.2e}, KL {kl:.2e}; {verdict}")
+        said = "random tokens" if verified["text"] == "random tokens" else "tokens"
+        lines.append(f"against the dense model over {verified['tokens']} {said}: largest logit difference {difference:.2e}, KL {kl:.2e}; {verdict}")
     return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ class ExtraAuxLoss(Section):
 class Moe(Section):
     """Experts, gate and routing. Leave the section out for a dense model."""
 
-    num_experts: Annotated[int, Field(ge=2)] = Field(description="Routed experts in every MoE layer.")
+    num_experts: Annotated[int, Field(ge=2, le=65_536)] = Field(description="Routed experts in every MoE layer.")
     topk: Positive = Field(2, description="Experts a token is sent to.")
     ffn_hidden_size: Positive | None = Field(None, description="Inner width of one expert; unset means model.ffn_hidden_size.")
     layers: list[NonNegative] | None = Field(None, description="Indices (from 0) of the MoE layers; unset means all. The others are dense.")

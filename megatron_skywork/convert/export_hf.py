@@ -18,6 +18,7 @@ from megatron_skywork.convert.as_they_are import AsTheyAre
 from megatron_skywork.convert.compare_names import dtype_name, main_dtype
 from megatron_skywork.convert.families import choose_family, write_config
 from megatron_skywork.convert.files.checkpoint_folder import TOKENIZER_FILES, carry_files, count_parameters, layout_summary, step_of, write_manifest
+from megatron_skywork.convert.files.output_folder import check_outside
 from megatron_skywork.convert.import_hf import origin
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.sources import open_ours
@@ -54,6 +55,7 @@ def export_hf(
     if tokenizer is not None and not any((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(f"--tokenizer {tokenizer}: there is no tokenizer in it; give a folder with one of {', '.join(TOKENIZER_FILES)}")
     source = open_ours(folder)
+    check_outside(out, source.folder)
     model, moe = source.model, source.moe
     family = choose_family(model, moe, source.description.family if family == "auto" else family)
     naming = family if moe is not None else "skywork_moe"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -65,6 +66,11 @@ def open_gguf(gguf: Path | str) -> Source:
     gguf = Path(gguf)
     if not gguf.is_file():
         raise CheckpointError(f"{gguf}: no such file")
+    return _opened(gguf.absolute(), gguf.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)  # a command opens its source several times, and this one takes long
+def _opened(gguf: Path, modified_ns: int) -> Source:
     try:
         import gguf as _package  # noqa: F401  transformers imports it and says less when it is missing
         import transformers

@@ -13,6 +13,7 @@ from megatron_skywork.convert.as_they_are import AsTheyAre
 from megatron_skywork.convert.compare_names import dtype_name
 from megatron_skywork.convert.files.checkpoint_folder import HF_FOLDER, carry_files, count_parameters, layout_summary, write_manifest, write_model_file
 from megatron_skywork.convert.files.marker import write_marker
+from megatron_skywork.convert.files.output_folder import check_outside
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.sources import open_source
 from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, McoreTarget
@@ -36,6 +37,7 @@ def import_hf(place: Path | str, out: Path | str, options: Options = _PLAIN, fil
         CheckpointError: the source does not fit, `out` exists, or the disk is too small.
     """
     source = open_source(place)
+    check_outside(out, source.folder)
     model, moe = source.model, source.moe
     recipe = AsTheyAre(source.dtype_of)
     target = McoreTarget(units_of(weights(model, moe, source.description.naming), recipe), extra_states(model, moe), file_bytes)

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_skywork.convert.as_they_are import AsTheyAre
 from megatron_skywork.convert.export_hf import cast_to
 from megatron_skywork.convert.files.checkpoint_folder import count_parameters, layout_summary, step_of
+from megatron_skywork.convert.files.output_folder import check_outside
 from megatron_skywork.convert.import_hf import our_folder
 from megatron_skywork.convert.sources import open_ours
 from megatron_skywork.convert.streaming.mcore_target import FILE_BYTES, Cut, McoreTarget
@@ -44,6 +45,7 @@ def reshard(
         CheckpointError: an incomplete or damaged checkpoint, `out` exists, or the disk is too small.
     """
     source = open_ours(folder)
+    check_outside(out, source.folder)
     model, moe = source.model, source.moe
     naming = source.description.naming
     problems = [f"--{name}={degree}: must be 1 or more" for name, degree in (("tp", tp), ("etp", etp)) if degree < 1]

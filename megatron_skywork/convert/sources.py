@@ -34,8 +34,13 @@ def open_source(place: Path | str) -> Source:
     Raises:
         CheckpointError: nothing that can be read, unsupported settings, or tensors that do not fit; all are listed.
     """
+    if not str(place):
+        raise CheckpointError("the place of a checkpoint is empty; give a folder or a .gguf file")
     place = Path(place)
-    if place.suffix == ".gguf":
+    if place.is_file() and place.suffix != ".gguf":
+        only = "; a description like this is enough for --dry-run alone" if place.suffix in (".json", ".yaml", ".yml") else ""
+        raise CheckpointError(f"{place}: is a file, and no .gguf; give the folder with the weights{only}")
+    if place.suffix == ".gguf" and not place.is_dir():
         from megatron_skywork.convert.gguf import open_gguf
 
         return open_gguf(place)

@@ -169,7 +169,7 @@ def test_a_kill_at_any_moment(dense: Path, whole: Path, tmp_path: Path):
 
 
 DURING = {
-    "the comparison": "upcycle_dense.compared = lambda arguments, folder: die()",
+    "the comparison": "upcycle_dense.gate = lambda arguments: lambda folder: die()",
     "the manifest": "import_hf.write_marker = lambda folder: die()",
     "the index": "mcore_target.McoreTarget.finish = lambda self, folder: (folder.joinpath('.metadata').write_bytes(b'half'), die())",
     "the rename": "staged.Staged.commit = lambda self: die()",
@@ -344,13 +344,14 @@ WRONG: list[tuple[int, list[str]]] = [
     (2, ["--topk", "0"]), (2, ["--topk", "9"]), (2, ["--num-experts", "-4"]), (2, ["--granularity", "0"]), (2, ["--granularity", "7"]),
     (2, ["--shared-expert-ffn", "0"]), (2, ["--shared-expert-ffn", "1000"]), (2, ["--shared-expert-gate"]), (2, ["--gate-norm-scale", "inf"]),
     (2, ["--moe-layers", "2"]), (2, ["--trunk", "mean"]), (2, ["--router-init", "text"]), (2, ["--router-init-std", "nan"]),
-    (2, ["--router-text", "nowhere"]), (3, ["--experts-from", "nowhere=0"]), (3, ["--format", "hf", "--hf-family", "nonsense"]),
+    (2, ["--router-text", "nowhere"]), (3, ["--experts-from", "nowhere=0"]), (2, ["--num-experts", "1" + "0" * 30]),
     (3, ["--format", "hf", "--hf-family", "mixtral"]), (3, ["--dense", "nowhere"]), (3, ["--dense", "README.md"]), (3, ["--verify", "--verify-tokens", "0"]),
     (3, ["--out", "README.md"]), (3, ["--out", "README.md/out"]), (3, ["--out", "x" * 300]), (3, ["--out", "/"]), (3, ["--out", "/proc/nothing/here"]),
+    (3, ["--dense", ""]), (3, ["--dense", "configs/skywork_13b.yaml"]), (3, ["--out", "README.md", "--dry-run"]), (3, ["--verify", "--verify-text", ""]),
     (3, ["--dense", "README.md", "--dry-run"]), (3, ["--dense", "nowhere.yaml", "--dry-run"]), (3, ["--dense", "docs/report.png", "--dry-run"]),
 ]  # fmt: skip
 UNREADABLE = [["--moe-layers", "x"], ["--moe-layers", "3-1"], ["--moe-layers", "²"], ["--experts-from", "x"], ["--experts-from", "x="], ["--topk", "two"],
-              ["--nonsense"], ["--format", "gguf"], ["--seed", "1.5"]]  # fmt: skip
+              ["--nonsense"], ["--format", "gguf"], ["--seed", "1.5"], ["--hf-family", "nonsense"], ["--moe-layers", "0-99999999999"]]  # fmt: skip
 
 
 @pytest.mark.parametrize(("code", "arguments"), WRONG, ids=[" ".join(arguments)[:30] for _, arguments in WRONG])
@@ -375,6 +376,6 @@ def test_what_only_reads_does_not_say_that_it_goes_on(tmp_path: Path, capsys: py
     def fail(*args: Any, **options: Any) -> Any:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("megatron_skywork.convert.inspect_folder.inspect_folder", fail)
+    monkeypatch.setattr("megatron_skywork.convert.check.inspect_folder.inspect_folder", fail)
     assert convert_checkpoint.main(["inspect", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "error: Input/output error\n"

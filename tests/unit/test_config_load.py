@@ -133,7 +133,7 @@ def test_the_manual_has_every_setting_with_a_type_a_default_and_a_sentence():
     found = {setting.name: setting for setting in settings()}
     assert len(found) > 90 and [setting for setting in found.values() if not setting.sentence.endswith(".")] == []
     assert (found["optim.lr"].type, found["optim.lr"].default) == ("a number above 0", "0.0003")
-    assert (found["moe.num_experts"].type, found["moe.num_experts"].default) == ("a whole number from 2 up", "required")
+    assert (found["moe.num_experts"].type, found["moe.num_experts"].default) == ("a whole number from 2 up and up to 65536", "required")
     assert found["model.backend"].type == "one of auto, torch, te" and found["parallel.recompute_modules"].default == "[core_attn]"
     assert found["moe.adaptive.momentum"].type == "a number from 0 up and below 1"
     text = manual_text()

@@ -20,6 +20,7 @@ from convert_folders import MODEL, random_tensors, write_hf
 from megatron_skywork.convert.check.verify_manifest import verify_folder
 from megatron_skywork.convert.export_hf import export_hf
 from megatron_skywork.convert.files.hf_files import HfReader
+from megatron_skywork.convert.files.marker import list_files, sealed
 from megatron_skywork.convert.import_hf import import_hf
 from megatron_skywork.convert.reshard import reshard
 from megatron_skywork.convert.streaming import file_writer, run
@@ -306,7 +307,8 @@ def test_a_refused_result_leaves_nothing_and_an_error_in_the_comparison_keeps_th
 def test_the_folder_that_is_read_is_not_replaced(dense: Path, tmp_path: Path):
     source = tmp_path / "models" / "source"
     shutil.copytree(dense, source)
-    (tmp_path / "models" / "manifest.json").write_text("{}")
+    for folder in (source, tmp_path / "models"):
+        (folder / "manifest.json").write_text(sealed({"files": dict.fromkeys(list_files(folder), {})}))
     import_hf(source, tmp_path / "ours")
     before = content(tmp_path)
     for out in (source, tmp_path / "models"):

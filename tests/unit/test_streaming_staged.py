@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_skywork.convert.files.marker import sealed
 from megatron_skywork.convert.files.output_folder import check_replaceable, check_space, free_bytes
 from megatron_skywork.convert.streaming.file_writer import FileRecord
 from megatron_skywork.convert.streaming.staged import Staged
 from megatron_skywork.errors import CheckpointError
 
-OLD, NEW = '{"old": 3}', "new"
+OLD, NEW = sealed({"old": 3, "files": {"file": {}}}), "new"
 
 
 def checkpoint(folder: Path, text: str = OLD) -> Path:
@@ -289,11 +290,35 @@ def test_space_is_asked_of_the_disk_below(tmp_path: Path, monkeypatch: pytest.Mo
     assert asked == [str(tmp_path)] * 2
 
 
-def test_a_checkpoint_is_known_by_any_of_its_files(tmp_path: Path):
-    for name in ("complete.json", "manifest.json", "model.safetensors", "model.safetensors.index.json"):
-        folder = tmp_path / name.replace(".", "-")
-        folder.mkdir()
-        (folder / name).write_text(json.dumps({}))
-        check_replaceable(folder, True)
-        with pytest.raises(CheckpointError):
-            check_replaceable(folder, False)
+@pytest.mark.parametrize("by", ["complete.json", "manifest.json"])
+def test_only_what_a_conversion_wrote_is_replaced(by: str, tmp_path: Path):
+    """Its marker or its sealed manifest lists the files; a name alone says nothing, and whatever is not listed is not deleted."""
+    out = tmp_path / "out"
+    (out / "hf").mkdir(parents=True)
+    for name in ("weights", "hf/config.json"):
+        (out / name).write_text("x")
+    listed = {"weights": 1, "hf/config.json": 1}
+    (out / by).write_text(json.dumps(listed) if by == "complete.json" else sealed({"files": listed}))
+    check_replaceable(out, True)
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        check_replaceable(out, False)
+    (out / "hf" / "thesis.tex").write_text("do not lose")
+    with pytest.raises(CheckpointError, match="hf/thesis.tex, which no conversion wrote"):
+        check_replaceable(out, True)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"name": "a web application"}', '{"files": {"thesis.tex": 1}}'])
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_file_that_only_has_the_name_of_one_of_ours_opens_no_folder(name: str, text: str, tmp_path: Path):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "thesis.tex").write_text("do not lose")
+    with pytest.raises(CheckpointError, match="does not apply to it"):
+        check_replaceable(tmp_path, True)
+
+
+def test_an_empty_folder_stays_until_it_is_replaced(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    check_replaceable(tmp_path / "out", False)
+    assert names(tmp_path) == ["out"]
+    written(tmp_path / "out").commit()
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["file"]

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from megatron_skywork.errors import UserError
+from megatron_skywork.errors import ConfigError, UserError
 
 Task = TypeVar("Task")
 Made = TypeVar("Made")
@@ -36,10 +36,21 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """What torchrun says, or a process on its own."""
-        ranks = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        """What torchrun says, or a process on its own.
+
+        Raises:
+            ConfigError: the environment has only some of torchrun's variables, or nonsense in them.
+            PeerFailed: the ranks do not find each other.
+        """
+        given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        world_size, rank = (given[name] or default for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+        if not (world_size.isdigit() and rank.isdigit() and int(rank) < int(world_size)) or (int(world_size) > 1 and None in given.values()):
+            said = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+            raise ConfigError(f"{said}: do not describe a rank of a job; unset them to run alone, or start the command with torchrun, which sets all of them")
+        ranks = cls(int(rank), int(world_size))
         if ranks.world_size > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+            with ranks._together():
+                torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
         return ranks
 
     def meet(self) -> None:
@@ -65,8 +76,8 @@ class Ranks:
     def _together(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # gloo's word for a connection that was closed
-            raise PeerFailed(f"rank {self.rank}: another rank ended, and its message says why; the same command goes on where this one stopped") from error
+        except (RuntimeError, ValueError, OSError) as error:  # gloo's words for a connection that was closed or never made
+            raise PeerFailed(f"rank {self.rank}: another rank ended, and its message says why") from error
 
     def close(self) -> None:
         """Leave the group that `from_environment` made."""

@@ -83,19 +83,23 @@ class Outcome:
 
     Attributes:
         seconds: without the start of Python, with what `accept` took.
+        write_seconds: until all files were written.
         num_bytes: bytes of the weight files, all ranks together.
         resumed_files: files that an interrupted conversion had finished.
         accepted: the answer of `Job.accept`.
     """
 
     seconds: float
+    write_seconds: float
     num_bytes: int
     resumed_files: int
     accepted: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a command's answer."""
-        found: dict[str, Any] = {"bytes": self.num_bytes, "seconds": round(self.seconds, 3), "resumed_files": self.resumed_files}
+        found: dict[str, Any] = {
+            "bytes": self.num_bytes, "seconds": round(self.seconds, 3), "write_seconds": round(self.write_seconds, 3), "resumed_files": self.resumed_files
+        }  # fmt: skip
         return found if self.accepted is None else {**found, "verify": self.accepted}
 
 
@@ -116,6 +120,7 @@ def run(job: Job, out: Path | str, options: Options) -> Outcome:
         options.ranks.meet()
         _write_share(job, staged, options)
         options.ranks.meet()
+        write_seconds = time.monotonic() - started
         accepted = None
         if options.ranks.rank == 0:
             accepted = _complete(job, staged)
@@ -128,7 +133,7 @@ def run(job: Job, out: Path | str, options: Options) -> Outcome:
         raise
     finally:
         staged.leave()
-    return Outcome(time.monotonic() - started, job.num_bytes, resumed, accepted)
+    return Outcome(time.monotonic() - started, write_seconds, job.num_bytes, resumed, accepted)
 
 
 def _begin(job: Job, staged: Staged, options: Options) -> int:

@@ -13,6 +13,7 @@ from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.upcycling.methods import drop, granular, noise, shared
 from megatron_skywork.errors import ConfigError
 
+LARGEST_NUM_EXPERTS = 65_536
 ROUTER_INITS = ("normal", "zero", "orthogonal", "text")
 
 
@@ -130,10 +131,22 @@ def moe_section(model: Model, options: UpcycleOptions) -> Moe:
     try:
         moe = Moe(**fields)
     except ValidationError as error:
-        problems += [f"--{'-'.join(str(part) for part in item['loc'])}: ".replace("_", "-").replace("--: ", "") + item["msg"] for item in error.errors()]
+        problems += _of_section(error, tuple(problems))
     if problems:
         raise ConfigError(problems)
     return moe
+
+
+def _of_section(error: ValidationError, problems: tuple[str, ...]) -> Iterator[str]:
+    """What the section finds wrong beside the problems that are known, under the names of the options."""
+    for item in error.errors():
+        message = item["msg"].removeprefix("Value error, ")
+        field = str(item["loc"][0]) if item["loc"] else ""
+        option = f"--{'shared-expert-ffn' if field == 'shared_expert_ffn_hidden_size' else field.replace('_', '-')}"
+        if not field:
+            yield message  # a rule between settings names them itself
+        elif not any(problem.startswith(option) for problem in problems):
+            yield f"{option}={item['input']}: {message}"
 
 
 def expert_width(model: Model, options: UpcycleOptions) -> int:
@@ -144,6 +157,8 @@ def expert_width(model: Model, options: UpcycleOptions) -> int:
 
 def _problems(model: Model, options: UpcycleOptions) -> Iterator[str]:
     ffn, routed = model.ffn_hidden_size, model.ffn_hidden_size
+    if not 2 <= options.num_experts <= LARGEST_NUM_EXPERTS:
+        yield f"--num-experts={options.num_experts}: must be 2 to {LARGEST_NUM_EXPERTS:,}"
     if options.layers is not None:
         outside = [layer for layer in options.layers if not 0 <= layer < model.num_layers]
         if outside or not options.layers:

@@ -20,6 +20,7 @@ from megatron_skywork.convert.compare_names import dtype_name
 from megatron_skywork.convert.export_hf import hf_folder
 from megatron_skywork.convert.families import choose_family
 from megatron_skywork.convert.files.checkpoint_folder import count_parameters, layout_summary
+from megatron_skywork.convert.files.output_folder import check_outside
 from megatron_skywork.convert.files.torch_record import raw_bytes
 from megatron_skywork.convert.import_hf import our_folder
 from megatron_skywork.convert.source import Source
@@ -78,6 +79,8 @@ def upcycle(
     if run_options.ranks.rank == 0:
         Staged(out, "", run_options.overwrite).check_out()
     sources = open_sources(dense, options)
+    for source in sources:
+        check_outside(out, source.folder)
     model = sources[0].model
     moe = moe_section(model, options)
     rows = routers(moe) if routers is not None else {}
