@@ -79,7 +79,7 @@ def add_readers(commands: Any) -> None:
     command.add_argument("--checkpoint", "--moe", required=True, metavar="DIR", help="the upcycled folder, of either kind")
     command.add_argument("--tokens", type=int, default=256, metavar="N", help="tokens to compare on (default 256)")
     command.add_argument("--text", metavar="TEXT", help="text to compare on (default: a page of English, code and Chinese)")
-    command.add_argument("--precision", default="fp32", choices=["fp32", "fp64"], help="what to compute in (default fp32)")
+    command.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp64"], help="auto is fp32, and fp64 where that is not enough")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -86,7 +86,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verify", action="store_true", help="compare with the dense model before the result gets its name; refuse what should be equal")
     group.add_argument("--verify-text", metavar="TEXT", help="with --verify: text to compare on (default: a page of English, code and Chinese)")
     group.add_argument("--verify-tokens", type=int, default=256, metavar="N", help="with --verify: tokens to compare on (default 256)")
-    group.add_argument("--precision", default="fp32", choices=["fp32", "fp64"], help="with --verify: what to compute in (default fp32)")
+    group.add_argument("--precision", default="auto", choices=["auto", "fp32", "fp64"], help="with --verify: auto is fp32, and fp64 where that is not enough")
     group.add_argument("--check-finite", action="store_true", help="refuse a dense model that has NaN or infinite numbers")
     group.add_argument("--overwrite", action="store_true", help="replace a checkpoint at --out")
     group.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -271,7 +271,7 @@ def test_what_cannot_be_compared_is_refused(folders: dict[str, Path], tmp_path: 
         compare(tmp_path / "short", folders["moe ours"])
     with pytest.raises(CheckpointError, match="model knows 0 to 49"):
         compare(folders["hf"], folders["moe ours"], [1, 50])
-    with pytest.raises(CheckpointError, match="use fp32 or fp64"):
+    with pytest.raises(CheckpointError, match="use auto, fp32, fp64"):
         compare(folders["hf"], folders["moe ours"], precision="bf16")
 
 

@@ -83,16 +83,16 @@ def open_layers(folder: Path | str, dtype: torch.dtype) -> Layers:
     return OurLayers(reader, model, moe, dtype)
 
 
-@torch.no_grad()
 def compare(
-    dense: Path | str, other: Path | str, tokens: Tokens | Sequence[int] | None = None, progress: TextIO | None = None, precision: str = "fp32"
+    dense: Path | str, other: Path | str, tokens: Tokens | Sequence[int] | None = None, progress: TextIO | None = None, precision: str = "auto"
 ) -> dict[str, Any]:
     """Distance between a dense model and the mixture made from it; each is a folder of ours or a Hugging Face one.
 
     Args:
         tokens: of one sequence; None takes `tokens_for(dense, ...)`.
         progress: where a line goes for every tenth of the layers.
-        precision: fp32, or fp64, in which rounding is far below the tolerance for models of any depth.
+        precision: fp32; fp64, in which rounding is far below the tolerance for models of any depth; or auto, which is fp32, and fp64 where an exact
+            method is outside the tolerance in fp32: rounding grows with depth and with the size of the logits.
 
     Returns:
         largest_logit_difference, kl (mean over positions, KL(dense || other), nats), same_top_token (share of positions), largest_logit, layer_differences
@@ -102,8 +102,21 @@ def compare(
     Raises:
         CheckpointError: as `open_layers`; `dense` is a mixture; the two have other layers or tokens; tokens outside the vocabulary.
     """
+    if precision != "auto":
+        return _compare(dense, other, tokens, progress, precision)
+    found = _compare(dense, other, tokens, progress, "fp32")
+    if found["passed"] is not False or not math.isfinite(found["largest_logit_difference"]):
+        return found
+    if progress is not None:
+        progress.write(f"verify: {found['largest_logit_difference']:.1e} in fp32, which may be rounding; once more in fp64\n")
+        progress.flush()
+    return _compare(dense, other, tokens, progress, "fp64")
+
+
+@torch.no_grad()
+def _compare(dense: Path | str, other: Path | str, tokens: Tokens | Sequence[int] | None, progress: TextIO | None, precision: str) -> dict[str, Any]:
     if precision not in PRECISIONS:
-        raise CheckpointError(f"precision {precision!r}: use {' or '.join(PRECISIONS)}")
+        raise CheckpointError(f"precision {precision!r}: use auto, {', '.join(PRECISIONS)}")
     left, right = open_layers(dense, PRECISIONS[precision]), open_layers(other, PRECISIONS[precision])
     _check_pair(dense, left, other, right)
     if tokens is None:
@@ -221,6 +234,6 @@ def refuse_if_failed(result: dict[str, Any]) -> None:
         where = f", the first layer to differ by more is number {first}" if first else ""
         raise CheckpointError(
             f"the result does not compute what the dense model computes: largest logit difference {result['largest_logit_difference']:.3g} "
-            f"over {result['tokens']} tokens, {result['tolerance']:.0e} allowed (KL {result['kl']:.3g}{where}); "
-            "if rounding is in doubt, compare in fp64 (--precision fp64)"
+            f"over {result['tokens']} tokens in {result['precision']}, {result['tolerance']:.0e} allowed (KL {result['kl']:.3g}{where})"
+            + ("; if rounding is in doubt, compare in fp64 (--precision fp64)" if result["precision"] == "fp32" else "")
         )
