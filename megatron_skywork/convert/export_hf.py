@@ -21,7 +21,7 @@ from megatron_skywork.convert.files.checkpoint_folder import TOKENIZER_FILES, ca
 from megatron_skywork.convert.files.output_folder import check_outside
 from megatron_skywork.convert.import_hf import origin
 from megatron_skywork.convert.source import Source
-from megatron_skywork.convert.sources import open_ours
+from megatron_skywork.convert.sources import open_ours, under_names_of
 from megatron_skywork.convert.streaming.hf_target import SHARD_BYTES, HfTarget
 from megatron_skywork.convert.streaming.run import Job, Options, run
 from megatron_skywork.convert.streaming.units import units_of
@@ -59,7 +59,7 @@ def export_hf(
     model, moe = source.model, source.moe
     family = choose_family(model, moe, source.description.family if family == "auto" else family)
     naming = family if moe is not None else "skywork_moe"
-    source = open_ours(folder, naming)
+    source = under_names_of(source, naming)
     cast = cast_to(dtype, source.dtype_of)
     recipe = AsTheyAre(cast)
     target = HfTarget(units_of(weights(model, moe, naming), recipe), shard_bytes)

@@ -16,8 +16,8 @@ import torch
 
 from megatron_skywork.convert.compare_names import check_hf
 from megatron_skywork.convert.families import read_config
-from megatron_skywork.convert.files.hf_files import read_json
 from megatron_skywork.convert.files.tensors import TensorInfo
+from megatron_skywork.convert.files.text_files import json_object
 from megatron_skywork.convert.source import Source
 from megatron_skywork.errors import CheckpointError
 
@@ -92,7 +92,7 @@ def _opened(gguf: Path, modified_ns: int) -> Source:
     small = tempfile.TemporaryDirectory(prefix="gguf-")
     for part in (config, model.generation_config, tokenizer):
         part.save_pretrained(small.name)
-    written = read_json(Path(small.name) / "config.json")
+    written = json_object(Path(small.name) / "config.json")
     if "quantization_config" in written:
         raise CheckpointError(f"{gguf}: this transformers version ({transformers.__version__}) keeps quantization_config in the config it saves")
     described = read_config(written, str(gguf))

@@ -5,6 +5,7 @@ A source is checked against the weight table when it is opened: names, shapes an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from megatron_skywork.config.yaml_strict import read_yaml
 from megatron_skywork.convert.compare_names import check_hf, check_ours
 from megatron_skywork.convert.families import ARCHITECTURES, Description, read_config, why_not
 from megatron_skywork.convert.files.checkpoint_folder import CONFIG_FILE, HF_FOLDER, MANIFEST, MODEL_FILE, STATE_FILE, check_plain, describe, is_ours
-from megatron_skywork.convert.files.hf_files import HfReader, read_json
+from megatron_skywork.convert.files.hf_files import HfReader
 from megatron_skywork.convert.files.marker import MARKER
 from megatron_skywork.convert.files.mcore_files import DistributedReader
 from megatron_skywork.convert.files.tensors import TensorInfo
+from megatron_skywork.convert.files.text_files import json_object
 from megatron_skywork.convert.layouts import Piece
 from megatron_skywork.convert.safety.safe_pickle import BACKEND, METADATA
 from megatron_skywork.convert.source import Source
@@ -54,17 +56,14 @@ def open_hf(folder: Path | str) -> Source:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; give a Hugging Face model folder with config.json and weights")
-    description = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    description = read_config(json_object(folder / "config.json"), str(folder / "config.json"))
     reader = HfReader(folder)
     check_hf(reader, description.model, description.moe, description.naming)
     return Source(folder, description, reader, {path.name: path for path in [folder / "config.json", *reader.files]}, folder)
 
 
-def open_ours(folder: Path | str, naming: str | None = None) -> Source:
-    """A folder of ours.
-
-    Args:
-        naming: the family whose tensor names are read by; by default that of the description.
+def open_ours(folder: Path | str) -> Source:
+    """A folder of ours, its tensors under the names of its description.
 
     Raises:
         CheckpointError: incomplete, damaged, not what its sections say, or trained with settings no other format knows.
@@ -75,12 +74,18 @@ def open_ours(folder: Path | str, naming: str | None = None) -> Source:
     reader = DistributedReader(folder)
     check_ours(reader, model, moe)
     carried = carried_folder(folder)
-    config = read_json(carried / "config.json") if carried is not None and (carried / "config.json").is_file() else {}
+    config = json_object(carried / "config.json") if carried is not None and (carried / "config.json").is_file() else {}
     family = default_family(config, model, moe)
     description = Description(family, model, moe, {key: config[key] for key in _TOKEN_IDS if config.get(key) is not None})
     names = (METADATA, BACKEND, MARKER, MANIFEST, MODEL_FILE, CONFIG_FILE, STATE_FILE)
     files = {name: folder / name for name in names if (folder / name).is_file()}
-    return Source(folder, description, OurTensors(reader, model, moe, naming or description.naming), files, carried)
+    return Source(folder, description, OurTensors(reader, model, moe, description.naming), files, carried)
+
+
+def under_names_of(source: Source, naming: str) -> Source:
+    """The same source of ours with its tensors under the names of another family, a key of `table.NAMINGS`."""
+    assert isinstance(source.reader, OurTensors)
+    return replace(source, reader=OurTensors(source.reader.boxes, source.model, source.moe, naming))
 
 
 def default_family(config: dict[str, Any], model: Model, moe: Moe | None) -> str:

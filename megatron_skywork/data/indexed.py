@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_skywork.convert.files.marker import fsync
 from megatron_skywork.errors import DataError
 
 SIDE_FORMAT = 1
@@ -116,7 +117,7 @@ class IndexedWriter:
             sources=sources, options=options, counts=counts, **tokenizer)
         self._partial["json"].write_text(json.dumps(dataclasses.asdict(side), indent=1) + "\n", encoding="utf-8")
         for path in self._partial.values():
-            _flush(path)
+            fsync(path)
         return side
 
     def unpublish(self) -> None:
@@ -127,7 +128,7 @@ class IndexedWriter:
         """Give the temporary files their names: .bin, .idx, then .json."""
         for kind in ("bin", "idx", "json"):
             os.replace(self._partial[kind], self._final[kind])
-        _flush(self._final["json"].parent)
+        fsync(self._final["json"].parent)
 
     def discard(self) -> None:
         """Remove what is left of the temporary files."""
@@ -222,11 +223,3 @@ def _sha256(path: Path) -> str:
         while chunk := stream.read(_HASH_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,9 +17,9 @@ import torch
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.compare_names import check_ours, dtype_name, main_dtype
 from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, count_parameters, describe, is_ours, layout_summary, step_of
-from megatron_skywork.convert.files.hf_files import read_json
 from megatron_skywork.convert.files.marker import MARKER, list_files
 from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.files.text_files import json_object
 from megatron_skywork.convert.safety.safe_pickle import check_metadata
 from megatron_skywork.convert.sources import open_hf
 from megatron_skywork.convert.table import Weight, weights
@@ -122,7 +122,7 @@ def _origin(folder: Path) -> dict[str, Any]:
     """How the folder came to be, where a manifest says it."""
     if not (folder / MANIFEST).is_file():
         return {"manifest": "none, so what this was made from is not recorded"}
-    manifest = read_json(folder / MANIFEST)
+    manifest = json_object(folder / MANIFEST)
     recorded = manifest.get("files")
     entries = recorded if isinstance(recorded, dict) else {}
     there = {name: (folder / name).stat().st_size for name in list_files(folder) if name not in (MANIFEST, MARKER)}

@@ -23,8 +23,8 @@ from megatron_skywork.convert.check.sample_text import SAMPLE
 from megatron_skywork.convert.check.text_tokens import encode, find_tokenizer, ids_tensor
 from megatron_skywork.convert.compare_names import check_ours
 from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, check_plain, describe, is_ours
-from megatron_skywork.convert.files.hf_files import read_json
 from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.files.text_files import json_object
 from megatron_skywork.convert.sources import open_source
 from megatron_skywork.errors import CheckpointError
 
@@ -173,7 +173,7 @@ def _relative(dense_TH: torch.Tensor, other_TH: torch.Tensor) -> float:
 
 
 def _exact(folder: Path) -> bool:
-    method = read_json(folder / MANIFEST).get("method") if (folder / MANIFEST).is_file() else None
+    method = json_object(folder / MANIFEST).get("method") if (folder / MANIFEST).is_file() else None
     return bool(method.get("exact", True)) if isinstance(method, dict) else True
 
 

@@ -19,9 +19,9 @@ import torch
 
 from megatron_skywork.convert.compare_names import check_ours
 from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, describe, is_ours, step_of
-from megatron_skywork.convert.files.hf_files import read_json
 from megatron_skywork.convert.files.marker import MARKER, blob_hash, check_link, inside, list_files, marker_text, seal_holds
 from megatron_skywork.convert.files.mcore_files import DistributedReader
+from megatron_skywork.convert.files.text_files import json_object
 from megatron_skywork.convert.progress import Progress
 from megatron_skywork.convert.safety.safe_pickle import check_metadata
 from megatron_skywork.convert.sources import open_hf
@@ -137,7 +137,7 @@ def _manifest(folder: Path, files: dict[str, Path], found: _Findings, progress: 
 
 def _read_manifest(folder: Path, found: _Findings) -> dict[str, Any]:
     try:
-        manifest = read_json(folder / MANIFEST)
+        manifest = json_object(folder / MANIFEST)
         text = (folder / MANIFEST).read_bytes().decode("utf-8")
     except CheckpointError as error:
         found.add(error)
@@ -216,7 +216,7 @@ def _marker(folder: Path, found: _Findings) -> None:
         found.problems.append(f"{MARKER}: missing, so this folder was never finished")
         return
     try:
-        recorded = read_json(folder / MARKER)
+        recorded = json_object(folder / MARKER)
     except CheckpointError as error:
         found.add(error)
         return

@@ -19,9 +19,8 @@ from pydantic import ValidationError
 import megatron_skywork
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.config.yaml_strict import read_yaml, write_yaml
-from megatron_skywork.convert.files.hf_files import read_json
 from megatron_skywork.convert.files.marker import check_link, list_files, sealed
-from megatron_skywork.convert.files.text_files import LARGEST_YAML_BYTES, text_of
+from megatron_skywork.convert.files.text_files import LARGEST_YAML_BYTES, json_object, text_of
 from megatron_skywork.convert.layouts import numel
 from megatron_skywork.convert.safety.shown import first_lines, shown
 from megatron_skywork.convert.table import moe_layers, weights
@@ -116,7 +115,7 @@ def step_of(folder: Path | str) -> int | None:
     path = Path(folder) / STATE_FILE
     if not path.is_file():
         return None
-    step = read_json(path).get("step")
+    step = json_object(path).get("step")
     return step if isinstance(step, int) else None
 
 

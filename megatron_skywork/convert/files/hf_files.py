@@ -73,7 +73,7 @@ class HfReader:
             check_link(self.folder, path)
             if not name.endswith(".json"):
                 return [path], None, safe
-            content = read_json(path)
+            content = json_object(path)
             weight_map = content.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CheckpointError(f"{path}: has no weight_map")
@@ -140,8 +140,3 @@ def _open_safetensors(path: Path) -> Any:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{path.name}: not a sound safetensors file ({error})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file."""
-    return json_object(path)

@@ -20,8 +20,8 @@ from megatron_skywork.config.yaml_strict import read_yaml
 from megatron_skywork.convert.compare_names import dtype_name
 from megatron_skywork.convert.families import choose_family, read_config
 from megatron_skywork.convert.files.checkpoint_folder import count_parameters, layout_summary
-from megatron_skywork.convert.files.hf_files import read_json
 from megatron_skywork.convert.files.output_folder import free_bytes
+from megatron_skywork.convert.files.text_files import json_object
 from megatron_skywork.convert.layouts import numel
 from megatron_skywork.convert.source import Source
 from megatron_skywork.convert.streaming.file_writer import BLOCK_BYTES, FileWriter
@@ -95,7 +95,7 @@ def _describe(dense: Path | str, options: UpcycleOptions) -> tuple[str, Model, t
         return "configuration", _section(place), torch.bfloat16, [f"{place.name} names no dtype; counted as bfloat16"], []
     config = place if place.suffix == ".json" else place / "config.json"
     if config.is_file() and (config is place or not any(True for pattern in _WEIGHTS for _ in place.glob(pattern))):
-        content = read_json(config)
+        content = json_object(config)
         described = read_config(content, str(config))
         refuse_mixture(config, described.moe)
         named = str(content.get("torch_dtype") or content.get("dtype") or "bfloat16").removeprefix("torch.")
