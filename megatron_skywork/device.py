@@ -22,6 +22,7 @@ import torch
 import torch.utils._device
 
 _prepared = False
+_compiles = True
 
 
 # ---------------------------------------------------------------------------------------------------------------- what the rest asks
@@ -84,6 +85,34 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if has_gpu() and "gpu" in state:
         torch.cuda.set_rng_state(state["gpu"])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ fusing
+
+
+def fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a pure function of tensors: one compiled kernel on a GPU, the function itself elsewhere.
+
+    Compiled at its first call. A CPU would pay a C++ build per function and win nothing at these sizes; without Triton or with `compile_fused(False)` the
+    function runs as written, and gives the same numbers up to the rounding of intermediate values that a kernel keeps in fp32.
+    """
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not (_compiles and has_gpu()):
+            return function(*args, **kwargs)
+        if not compiled:
+            compiled.append(torch.compile(function) if _installed("triton") else function)
+        return compiled[0](*args, **kwargs)
+
+    return call
+
+
+def compile_fused(wanted: bool) -> None:
+    """Whether functions marked `fused` are compiled on a GPU (`model.compile`)."""
+    global _compiles
+    _compiles = wanted
 
 
 # ------------------------------------------------------------------------------------------------------------------------- preparation

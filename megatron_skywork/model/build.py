@@ -27,6 +27,7 @@ def build_chunks(config: Config, transformer: SkyworkTransformerConfig | None = 
     Args:
         transformer: built already; otherwise made from `config`.
     """
+    device.compile_fused(config.model.compile)
     backend = choose_backend(config)
     transformer = transformer or transformer_config(config, backend)
     return [_chunk(config, transformer, backend, stage) for stage in _virtual_stages(config)]
