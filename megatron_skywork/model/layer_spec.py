@@ -7,7 +7,6 @@ which megatron-core's own local spec gets wrong (it renames the norm of every la
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
@@ -18,6 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_skywork.model.attention import TorchCoreAttention
 from megatron_skywork.model.norm import RMSNorm
+from megatron_skywork.moe.moe_layer import SkyworkMoELayer, moe_submodules
 from megatron_skywork.moe.router import SkyworkRouter
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
 
@@ -46,6 +46,8 @@ def layer_spec(config: SkyworkTransformerConfig, backend: str, is_moe: bool) -> 
     num_experts = config.num_moe_experts if is_moe else None
     if backend == "te":
         spec = get_gpt_layer_with_transformer_engine_spec(num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm)
+        if is_moe:
+            moe_submodules(spec.submodules.mlp).router = SkyworkRouter
     else:
         spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         layer = spec.submodules
@@ -54,8 +56,8 @@ def layer_spec(config: SkyworkTransformerConfig, backend: str, is_moe: bool) -> 
         attention.core_attention = TorchCoreAttention
         attention.q_layernorm = attention.k_layernorm = RMSNorm if config.qk_layernorm else IdentityOp
         layer.sharded_state_dict_keys_map = _INPUT_NORM if is_moe else {**_INPUT_NORM, **_DENSE_MLP_NORM}
-    if is_moe:
-        _moe_submodules(spec.submodules.mlp).router = SkyworkRouter
+        if is_moe:
+            layer.mlp = SkyworkMoELayer
     return spec
 
 
@@ -65,8 +67,3 @@ def _norm(backend: str) -> Any:
 
         return TENorm
     return RMSNorm
-
-
-def _moe_submodules(mlp: Any) -> Any:
-    """The experts' submodules: a ModuleSpec's in megatron-core 0.16, an argument of a partial in 0.19."""
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules

@@ -25,9 +25,9 @@ from torch.distributed import ProcessGroup
 CHUNK_NUMBERS = 1 << 22
 """Numbers handled at once: the extra memory is this many in fp32 and again in float64."""
 
-# `local_experts.3.linear_fc1.weight` in SequentialMLP, `linear_fc1.weight3` in TEGroupedMLP.
-_SEQUENTIAL = re.compile(r"local_experts\.(?P<expert>\d+)\.(?P<name>.+)")
-_GROUPED = re.compile(r"(?P<name>linear_fc[12]\.(?:weight|bias))(?P<expert>\d+)")
+# `weight1` of all experts in GroupedExperts, `linear_fc1.weight3` in Transformer Engine's TEGroupedMLP.
+_OF_ALL = re.compile(r"weight[12]")
+_OF_ONE = re.compile(r"linear_fc[12]\.(?:weight|bias)(?P<expert>\d+)")
 
 
 @torch.no_grad()
@@ -82,23 +82,26 @@ def expert_similarity(experts: Any) -> Tensor:
     """`mean_pairwise_cosine` of the experts of one MoE layer, over its expert-parallel and expert-tensor-parallel ranks, which must all call this.
 
     Args:
-        experts: `MoELayer.experts`, of either class of megatron-core. With expert tensor parallelism every parameter must be split, which biases are not.
+        experts: `MoELayer.experts`, ours or Transformer Engine's. With expert tensor parallelism every parameter must be split, which biases are not.
     """
     return mean_pairwise_cosine(local_experts(experts), expert_group=experts.ep_group, slice_group=experts.tp_group)
 
 
 def local_experts(experts: torch.nn.Module) -> list[list[Tensor]]:
-    """The parameters of every expert on this rank, by expert, in the module's order.
+    """The weights of every expert on this rank, by expert, in the module's order.
 
     Raises:
         ValueError: a parameter does not say which expert it belongs to.
     """
     found: dict[int, list[Tensor]] = {}
     for name, parameter in experts.named_parameters():
-        match = _SEQUENTIAL.fullmatch(name) or _GROUPED.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{type(experts).__name__}.{name} does not say whose it is; expert similarity knows one parameter per expert and matrix")
-        found.setdefault(int(match["expert"]), []).append(parameter)
+        if _OF_ALL.fullmatch(name):
+            for expert, weight in enumerate(parameter):
+                found.setdefault(expert, []).append(weight)
+        elif match := _OF_ONE.fullmatch(name):
+            found.setdefault(int(match["expert"]), []).append(parameter)
+        else:
+            raise ValueError(f"{type(experts).__name__}.{name} does not say whose it is")
     return [found[expert] for expert in sorted(found)]
 
 

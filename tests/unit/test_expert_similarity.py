@@ -62,17 +62,15 @@ def test_what_has_no_pairs_or_no_common_shape_is_refused() -> None:
         mean_pairwise_cosine([expert, expert[::-1]])
 
 
-class _Sequential(torch.nn.Module):
-    """Parameter names of megatron-core's SequentialMLP."""
+class _Stacked(torch.nn.Module):
+    """Parameter names of GroupedExperts."""
 
     def __init__(self, count: int):
         super().__init__()
-        self.local_experts = torch.nn.ModuleList(
-            torch.nn.ModuleDict({name: torch.nn.Linear(2, 3, bias=False) for name in ("linear_fc1", "linear_fc2")}) for _ in range(count)
-        )
+        self.weight1, self.weight2 = torch.nn.Parameter(torch.randn(count, 6, 2)), torch.nn.Parameter(torch.randn(count, 2, 3))
 
 
-class _Grouped(torch.nn.Module):
+class _OneByOne(torch.nn.Module):
     """Parameter names of megatron-core's TEGroupedMLP."""
 
     def __init__(self, count: int):
@@ -85,17 +83,17 @@ class _Grouped(torch.nn.Module):
 
 
 def test_both_expert_classes_are_taken_apart() -> None:
-    sequential = _Sequential(12)
-    found = local_experts(sequential)
+    stacked = _Stacked(12)
+    found = local_experts(stacked)
     assert len(found) == 12
-    for expert, module in zip(found, sequential.local_experts, strict=True):
-        assert expert[0] is module["linear_fc1"].weight and expert[1] is module["linear_fc2"].weight and len(expert) == 2
-    grouped = local_experts(_Grouped(12))
-    assert [[float(tensor.detach().mean()) for tensor in expert] for expert in grouped] == [[float(expert)] * 2 for expert in range(12)]
+    for index, expert in enumerate(found):
+        assert len(expert) == 2 and torch.equal(expert[0], stacked.weight1[index]) and torch.equal(expert[1], stacked.weight2[index])
+    one_by_one = local_experts(_OneByOne(12))
+    assert [[float(tensor.detach().mean()) for tensor in expert] for expert in one_by_one] == [[float(expert)] * 2 for expert in range(12)]
 
 
-def test_a_parameter_of_all_experts_at_once_is_refused() -> None:
-    stacked = _Grouped(2)
-    stacked.linear_fc1.register_parameter("weight", torch.nn.Parameter(torch.zeros(2, 2, 3)))
-    with pytest.raises(ValueError, match=r"_Grouped\.linear_fc1\.weight does not say whose"):
-        local_experts(stacked)
+def test_a_parameter_of_unknown_experts_is_refused() -> None:
+    unknown = _OneByOne(2)
+    unknown.linear_fc1.register_parameter("weight", torch.nn.Parameter(torch.zeros(2, 2, 3)))
+    with pytest.raises(ValueError, match=r"_OneByOne\.linear_fc1\.weight does not say whose"):
+        local_experts(unknown)

@@ -1,0 +1,87 @@
+"""All experts of a rank as two grouped matrix products: y = W2 swiglu(W1 x, p), with another W1, W2 for every expert's run of rows.
+
+megatron-core without Transformer Engine runs experts one by one, which needs the number of rows of each on the host and leaves a GPU idle between small
+products. A grouped product takes all runs in one launch and reads where they end on the device. The six products of forward and backward read the weights
+as they are stored, [E, out, in], and write contiguous results: nothing is transposed, padded or copied.
+
+    h = x W1^T       a = swiglu(h) p       y = a W2^T
+    da = dy W2       dW2 = dy^T a          dh from swiglu         dx = dh W1        dW1 = dh^T x
+
+Kept for backward: x, h and p. The activation `a` is made again by swiglu's backward. torch's CUDA kernel wants 16-byte aligned rows of its operands, which
+widths that are multiples of 8 give in bf16; the number of rows of a run is free, because rows are never the inner axis in memory.
+
+Shapes: R rows sorted by expert, E experts of this rank, H hidden, F inner width. Rows behind the last run are not computed, in either direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_skywork.moe.swiglu import weighted_swiglu, weighted_swiglu_backward
+
+
+def grouped_mlp(rows_RH: Tensor, probs_R: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, ends_E: Tensor) -> Tensor:
+    """Output of every row's expert, weighted, [R, H].
+
+    Args:
+        rows_RH: rows sorted by expert.
+        probs_R: their routing weights, fp32.
+        weight1_E2FH, weight2_EHF: gate and up projection (the gate's rows first), and down projection.
+        ends_E: int32, index after the last row of each expert, on the device of the rows.
+    """
+    return _GroupedMLP.apply(rows_RH, probs_R, weight1_E2FH, weight2_EHF, ends_E)
+
+
+class _GroupedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RH: Tensor, probs_R: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, ends_E: Tensor) -> Tensor:
+        hidden_R2F = rows_by_weights(rows_RH, weight1_E2FH.mT, ends_E)
+        output_RH = rows_by_weights(weighted_swiglu(hidden_R2F, probs_R), weight2_EHF.mT, ends_E)
+        ctx.save_for_backward(rows_RH, hidden_R2F, probs_R, weight1_E2FH, weight2_EHF, ends_E)
+        return output_RH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RH, hidden_R2F, probs_R, weight1_E2FH, weight2_EHF, ends_E = ctx.saved_tensors
+        grad_RH = grad_RH.contiguous()
+        grad_activation_RF = rows_by_weights(grad_RH, weight2_EHF, ends_E)
+        grad_hidden_R2F, grad_probs_R, activation_RF = weighted_swiglu_backward(hidden_R2F, probs_R, grad_activation_RF)
+        grad_weight2 = rows_by_rows(grad_RH, activation_RF, ends_E) if ctx.needs_input_grad[3] else None
+        grad_rows = rows_by_weights(grad_hidden_R2F, weight1_E2FH, ends_E) if ctx.needs_input_grad[0] else None
+        grad_weight1 = rows_by_rows(grad_hidden_R2F, rows_RH, ends_E) if ctx.needs_input_grad[2] else None
+        return grad_rows, grad_probs_R if ctx.needs_input_grad[1] else None, grad_weight1, grad_weight2, None
+
+
+# torch offers the grouped product from 2.10 on; before that, one product per expert, which has to know the runs on the host.
+_grouped_mm: Callable[..., Tensor] | None = getattr(torch.nn.functional, "grouped_mm", None)
+
+
+def rows_by_weights(rows_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Each run of rows times its own matrix: [R, O]. Rows behind the last run are left as they come."""
+    if _grouped_mm is not None:
+        return _grouped_mm(rows_RI, weight_EIO, offs=ends_E)
+    output_RO = rows_RI.new_empty(rows_RI.shape[0], weight_EIO.shape[2])
+    for expert, run in enumerate(_runs(ends_E)):
+        torch.mm(rows_RI[run], weight_EIO[expert], out=output_RO[run])
+    return output_RO
+
+
+def rows_by_rows(left_RO: Tensor, right_RI: Tensor, ends_E: Tensor) -> Tensor:
+    """left^T right over each run: a weight's gradient, [E, O, I], zero for an expert without rows."""
+    if _grouped_mm is not None:
+        return _grouped_mm(left_RO.t(), right_RI, offs=ends_E)
+    output_EOI = left_RO.new_empty(ends_E.shape[0], left_RO.shape[1], right_RI.shape[1])
+    for expert, run in enumerate(_runs(ends_E)):
+        torch.mm(left_RO[run].t(), right_RI[run], out=output_EOI[expert])
+    return output_EOI
+
+
+def _runs(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
