@@ -65,6 +65,20 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@contextlib.contextmanager
+def waits_forbidden() -> Iterator[None]:
+    """Inside, an operation that makes the host wait for the GPU is an error; nothing to see on a CPU."""
+    if not has_gpu():
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def peak_memory_bytes() -> int:
     """Most memory this process has held: allocator peak on a GPU, resident set on CPU."""
     if has_gpu():

@@ -53,6 +53,15 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
+def on_the_device() -> Iterator[None]:
+    """Tensors are made on this machine's device, so that a test of a kernel tests the GPU's where there is one."""
+    import torch
+
+    with torch.device(device.current()):
+        yield
+
+
+@pytest.fixture
 def plain_loss_scale() -> Iterator[None]:
     """Auxiliary losses enter the gradient as they are, as without accumulation and fp16."""
     import torch

@@ -16,16 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_skywork import device
+
 # A gate whose second probability underflows would make one token's ratio infinite and the mean with it.
 LARGEST_RATIO = 1e6
 PERCENTILES = (0.1, 0.5, 0.9)
 
 
+@device.fused
 def gate_entropy(probs_TE: Tensor) -> Tensor:
     """Entropy of each token's gate in nats, [T], from 0 to log(E)."""
     return torch.special.entr(probs_TE).sum(dim=-1)
 
 
+@device.fused
 def gate_ratios(probs_TE: Tensor) -> tuple[Tensor, Tensor]:
     """Max1/Max2 and Max2/Max3 of each token's gate, [T] each, at least 1 and capped at `LARGEST_RATIO`. With two experts the second ratio is 1."""
     largest = probs_TE.topk(min(3, probs_TE.shape[-1]), dim=-1).values

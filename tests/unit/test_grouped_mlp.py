@@ -1,4 +1,6 @@
-"""Experts as grouped products: against one expert after the other in float64, forward and backward, with and without torch's grouped kernel."""
+"""Experts as grouped products: against one expert after the other in float64, forward and backward, with and without torch's grouped kernel.
+
+On a machine with a GPU everything here runs on it."""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from megatron_skywork.moe import grouped_mlp as module
 from megatron_skywork.moe import swiglu
 from megatron_skywork.moe.grouped_mlp import grouped_mlp
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
 HIDDEN, WIDTH = 24, 40
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

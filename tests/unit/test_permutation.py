@@ -1,4 +1,6 @@
-"""Tokens to rows and back: against brute force and megatron-core's permute, with assignments dropped, experts without tokens and tokens without experts."""
+"""Tokens to rows and back: against brute force and megatron-core's permute, with assignments dropped, experts without tokens and tokens without experts.
+
+On a machine with a GPU everything here runs on it."""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_skywork.moe.permutation import from_rows, plan_rows, reorder_rows, sort_runs, to_rows, weights_of_rows
 
+pytestmark = pytest.mark.usefixtures("on_the_device")
 HIDDEN = 6
 
 
