@@ -83,6 +83,8 @@ def locate(path: Sequence[int | str]) -> Place:
     place = Place(Config, "sections", is_section=True)
     annotation: Any = Config
     for part in path:
+        if isinstance(part, int):  # an item of what may also be a single value, or nothing
+            annotation = next((inner for inner in get_args(annotation) if get_origin(inner) is list), annotation)
         if type(None) in get_args(annotation):
             annotation = next(inner for inner in get_args(annotation) if inner is not type(None))
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -93,8 +95,6 @@ def locate(path: Sequence[int | str]) -> Place:
             place = Place(inner_section or annotation, field_words(field), field.description or "", inner_section is not None)
             annotation = field.annotation
         else:
-            if isinstance(part, int):  # an item of what may also be a single value
-                annotation = next((inner for inner in get_args(annotation) if get_origin(inner) is list), annotation)
             annotation = get_args(annotation)[-1]
             place = Place(section_of(annotation) or place.section, plain_words(annotation))
     return place

@@ -188,8 +188,9 @@ class Parallel(Section):
     cp: Positive = Field(1, description="Context parallel degree; needs model.backend=te.")
     layers_per_stage: list[Positive] | None = Field(None, description="Layers of each stage (pp * vpp numbers, virtual stages in model order); unset means an even split.")
     recompute: Literal["none", "full", "selective"] = Field("none", description="Activations computed again in backward: none, whole layers, or the modules listed.")
-    recompute_layers: Positive | None = Field(None, description="With recompute=full: layers recomputed per stage; unset means all.")
-    recompute_modules: list[Literal["core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts"]] = Field(
+    recompute_layers: NonNegative | list[NonNegative] | None = Field(
+        None, description="With recompute=full: the first layers of each stage that are recomputed, one number for all or a list like layers_per_stage; unset means all.")
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "router", "shared_experts"]] = Field(
         ["core_attn"], description="With recompute=selective: the modules.")
     overlap: bool = Field(False, description="Overlap gradient reduction and parameter gathering with compute.")
     gpus_per_node: Positive = Field(8, description="Ranks per node, used to tell which groups cross nodes.")

@@ -1,13 +1,14 @@
 """Rules between settings of different sections, each answered with the numbers that would work: memory, layout, batches, schedule, data.
 
-Rules of routing stand in `validate_routing.py`, rules inside one section in `schema.py`; the `megatron:` section in `megatron_fields.py`.
+Rules of routing stand in `validate_routing.py`, of recomputation in `validate_recompute.py`, rules inside one section in `schema.py`;
+the `megatron:` section in `megatron_fields.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_skywork.config import validate_routing  # noqa: F401  registers its rules
+from megatron_skywork.config import validate_recompute, validate_routing  # noqa: F401  they register their rules
 from megatron_skywork.config.megatron_fields import megatron_problems
 from megatron_skywork.config.rules import RULES, divisors, listed, multiples_near, overlap, rule
 from megatron_skywork.config.schema import Config
@@ -217,40 +218,7 @@ def _positions(config: Config, world: int | None) -> Iterator[str]:
         yield f"data.seq_length={length} is above model.max_position_embeddings={longest}; use seq_length up to {longest}, or raise max_position_embeddings"
 
 
-# --- memory, precision, schedule -------------------------------------------------------------------------------------------------------------
-
-
-@rule("parallel.recompute", "parallel.recompute_layers", "parallel.layers_per_stage", "parallel.pp", "parallel.vpp", "model.num_layers")
-def _recompute(config: Config, world: int | None) -> Iterator[str]:
-    p = config.parallel
-    if p.recompute_layers is not None and p.recompute != "full":
-        yield f"parallel.recompute_layers={p.recompute_layers} belongs to parallel.recompute=full, not {p.recompute}; set recompute=full, or leave it out"
-    elif p.recompute_layers is not None:
-        most = max(p.layers_per_stage) if p.layers_per_stage else -(-config.model.num_layers // (p.pp * p.vpp))
-        if p.recompute_layers > most:
-            yield f"parallel.recompute_layers={p.recompute_layers} is above the {most} layers of the largest stage; use 1 to {most}, or leave it out for all"
-
-
-@rule("parallel.recompute", "parallel.recompute_modules", "moe", "model.backend")
-def _recompute_modules(config: Config, world: int | None) -> Iterator[str]:
-    p = config.parallel
-    default = type(p).model_fields["recompute_modules"].get_default(call_default_factory=True)
-    if p.recompute != "selective" and p.recompute_modules != default:
-        yield (f"parallel.recompute_modules={p.recompute_modules} belongs to parallel.recompute=selective, not {p.recompute}; "
-               f"set recompute=selective, or leave it out")
-    if p.recompute == "selective" and not p.recompute_modules:
-        yield f"parallel.recompute_modules=[] recomputes nothing; name modules, for instance {default}, or set parallel.recompute=none"
-    if p.recompute == "selective" and len(set(p.recompute_modules)) < len(p.recompute_modules):
-        yield f"parallel.recompute_modules={p.recompute_modules} names a module twice; name each once"
-    of_experts = [name for name in p.recompute_modules if name in ("moe", "moe_act", "shared_experts")]
-    if p.recompute == "selective" and config.moe is None and of_experts:
-        yield f"parallel.recompute_modules names {', '.join(of_experts)}, and there is no moe section; leave out what a dense model does not have"
-    if p.recompute == "selective" and config.moe is not None and "shared_experts" in of_experts and config.moe.shared_expert_ffn_hidden_size is None:
-        yield "parallel.recompute_modules names shared_experts, and moe.shared_expert_ffn_hidden_size is not set; leave one out or set the other"
-    if p.recompute == "selective" and config.moe is not None and "moe_act" in of_experts and config.model.backend == "torch":
-        yield "parallel.recompute_modules names moe_act, which megatron-core has only in Transformer Engine's experts; name moe, or set model.backend=te"
-    if p.recompute == "selective" and "layernorm" in p.recompute_modules and config.model.backend == "torch":
-        yield "parallel.recompute_modules names layernorm, which megatron-core recomputes with Transformer Engine only; leave it out, or set model.backend=te"
+# --- precision, schedule ---------------------------------------------------------------------------------------------------------------------
 
 
 @rule("data.reset_position_ids", "data.reset_attention_mask")

@@ -60,8 +60,10 @@ class TorchCoreAttention(MegatronModule):
         """
         query_BNSD, key_BGSD, value_BGSD = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBND, key_SBGD, value_SBGD))
         dropout = self.dropout if self.training else 0.0
-        # Ranks hold different heads, so each draws its own dropout, from megatron-core's per-rank generator.
-        draw = tensor_parallel.get_cuda_rng_tracker().fork() if dropout > 0 else contextlib.nullcontext()
+        # Ranks hold different heads, so each draws its own dropout, from megatron-core's per-rank generator. With sequence parallelism the whole block draws
+        # from it already, and turning to it once more would start, in a recomputed layer, from where it stood before the block.
+        forks = dropout > 0 and not self.config.sequence_parallel
+        draw = tensor_parallel.get_cuda_rng_tracker().fork() if forks else contextlib.nullcontext()
         with draw:
             output_BNSD = torch.nn.functional.scaled_dot_product_attention(
                 query_BNSD,

@@ -17,8 +17,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron_skywork import device
 from megatron_skywork.config.schema import Config
 from megatron_skywork.model.layer_spec import block_spec
-from megatron_skywork.model.transformer_config import choose_backend, transformer_config
+from megatron_skywork.model.transformer_config import choose_backend, recomputing_first, transformer_config
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
+from megatron_skywork.plan.stages import recomputed_layers
 
 
 def build_chunks(config: Config, transformer: SkyworkTransformerConfig | None = None) -> list[GPTModel]:
@@ -30,11 +31,19 @@ def build_chunks(config: Config, transformer: SkyworkTransformerConfig | None = 
     device.compile_fused(config.model.compile)
     backend = choose_backend(config)
     transformer = transformer or transformer_config(config, backend)
-    return [_chunk(config, transformer, backend, stage) for stage in _virtual_stages(config)]
+    return [_chunk(config, _of_chunk(config, transformer, stage), backend, stage) for stage in _virtual_stages(config)]
 
 
 def _virtual_stages(config: Config) -> Iterator[int | None]:
     yield from range(config.parallel.vpp) if config.parallel.vpp > 1 else [None]
+
+
+def _of_chunk(config: Config, transformer: SkyworkTransformerConfig, vp_stage: int | None) -> SkyworkTransformerConfig:
+    """The configuration that this rank's chunk follows. Schedules and data parallelism read that of the first chunk."""
+    if config.parallel.recompute_layers is None:
+        return transformer
+    piece = (vp_stage or 0) * config.parallel.pp + parallel_state.get_pipeline_model_parallel_rank()
+    return recomputing_first(transformer, recomputed_layers(config)[piece])
 
 
 def _chunk(config: Config, transformer: SkyworkTransformerConfig, backend: str, vp_stage: int | None) -> GPTModel:

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_skywork.model.attention import TorchCoreAttention
 from megatron_skywork.model.norm import RMSNorm
+from megatron_skywork.model.norm_recompute import NormRecomputingLayer, RecomputedRMSNorm
 from megatron_skywork.moe.moe_layer import SkyworkMoELayer, moe_submodules
 from megatron_skywork.moe.router import SkyworkRouter
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
@@ -52,6 +53,9 @@ def layer_spec(config: SkyworkTransformerConfig, backend: str, is_moe: bool) -> 
         spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         layer = spec.submodules
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        if config.recomputes("layernorm"):
+            spec.module = NormRecomputingLayer
+            layer.input_layernorm = layer.pre_mlp_layernorm = RecomputedRMSNorm
         attention = layer.self_attention.submodules
         attention.core_attention = TorchCoreAttention
         attention.q_layernorm = attention.k_layernorm = RMSNorm if config.qk_layernorm else IdentityOp

@@ -1,7 +1,8 @@
-"""Our settings in megatron-core's words: one `SkyworkTransformerConfig` per run, every field set here and nowhere else."""
+"""Our settings in megatron-core's words: one `SkyworkTransformerConfig` per run, a copy for chunks that differ; every field set here and nowhere else."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -34,12 +35,6 @@ def choose_backend(config: Config) -> str:
     backend = "te" if wanted != "torch" and usable and not own_mask else "torch"
     if config.parallel.cp > 1 and backend != "te":
         raise ConfigError(f"parallel.cp={config.parallel.cp} needs Transformer Engine's attention; install the extra `te` on a GPU, or set parallel.cp=1")
-    fused_only = sorted({"layernorm", "moe_act"} & set(config.parallel.recompute_modules)) if config.parallel.recompute == "selective" else []
-    if fused_only and backend != "te":
-        raise ConfigError(
-            f"parallel.recompute_modules={fused_only}: recomputing these needs Transformer Engine (backend te); "
-            "use core_attn, mlp, moe or shared_experts, or parallel.recompute=full"
-        )
     return backend
 
 
@@ -56,6 +51,19 @@ def transformer_config(config: Config, backend: str) -> SkyworkTransformerConfig
         return SkyworkTransformerConfig(**{**fields, **python_values(config.megatron, enums)})
     except (AssertionError, ValueError) as refusal:
         raise ConfigError(f"megatron-core refuses these settings: {refusal}") from refusal
+
+
+def recomputing_first(transformer: SkyworkTransformerConfig, layers: int) -> SkyworkTransformerConfig:
+    """The configuration of a chunk that recomputes its first `layers` layers.
+
+    megatron-core knows one number for all stages, and wants it above 0; but each chunk reads its own configuration, so each gets a copy with its own number.
+    """
+    own = copy.copy(transformer)
+    if layers:
+        own.recompute_granularity, own.recompute_method, own.recompute_num_layers = "full", "block", layers
+    else:
+        own.recompute_granularity = own.recompute_method = own.recompute_num_layers = None
+    return own
 
 
 def _shape(config: Config) -> dict[str, Any]:
@@ -122,10 +130,8 @@ def _layout(config: Config) -> dict[str, Any]:
         stages[-1].append("loss")
         fields["pipeline_model_parallel_layout"] = stages
     if parallel.recompute == "full":
-        fields["recompute_granularity"] = "full"
-        # `block` recomputes the first n layers of a stage; `uniform` with 1 recomputes every layer by itself.
-        fields["recompute_method"] = "block" if parallel.recompute_layers else "uniform"
-        fields["recompute_num_layers"] = parallel.recompute_layers or 1
+        # Every layer by itself; `recomputing_first` says it for a stage that recomputes fewer.
+        fields.update(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     elif parallel.recompute == "selective":
         fields["recompute_granularity"] = "selective"
         fields["recompute_modules"] = list(parallel.recompute_modules)

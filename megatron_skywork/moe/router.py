@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_capacity, topk_routing_with_score_function, z_loss_func
@@ -127,6 +128,14 @@ class SkyworkRouter(TopKRouter):
         return super()._apply(keep_type, recurse)
 
     # ------------------------------------------------------------------------------------------------------------------ forward
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route every token of activations [S, B, H]; of a recomputed router nothing but these stays for backward."""
+        route = super().forward
+        if self.training and torch.is_grad_enabled() and self.config.recomputes("router"):
+            # megatron-core's checkpoint also puts the random generators back, so jitter falls the same way twice.
+            return tensor_parallel.checkpoint(route, False, input, padding_mask)
+        return route(input, padding_mask)
 
     def apply_input_jitter(self, input: Tensor) -> Tensor:
         """Noise on the gate's input belongs to training; an evaluation and its probe see the gate that is exported."""

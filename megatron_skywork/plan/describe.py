@@ -8,7 +8,7 @@ from megatron_skywork.config.load import dump_config
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan.flops import formula_text, forward_flops_per_token, report_flops_per_token, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters, stage_parameters
-from megatron_skywork.plan.stages import batch, stage_chunks
+from megatron_skywork.plan.stages import batch, recomputed_layers, stage_chunks
 from megatron_skywork.plan.topology import NAMES, Groups, coincidences, config_groups
 
 
@@ -23,7 +23,7 @@ def billions(count: int) -> str:
 def describe(config: Config, world_size: int) -> dict[str, Any]:
     """Everything `--dry-run` reports, ready for JSON; layers and stages count from 1, ranks and nodes from 0."""
     p, count, cut = config.parallel, count_parameters(config), batch(config, world_size)
-    chunks, per_rank = stage_chunks(config), stage_parameters(config)
+    chunks, again, per_rank = stage_chunks(config), recomputed_layers(config), stage_parameters(config)
     groups = config_groups(config, world_size)
     flops = {"forward": forward_flops_per_token(config), "train": train_flops_per_token(config), "report_convention": report_flops_per_token(config)}
     return {
@@ -36,7 +36,8 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
                        "padded_vocab_size": config.model.padded_vocab_size, "components": count.components, "active_components": count.active_components},
         "flops_per_token": {**flops, "formula": formula_text(config)},
         "stages": [
-            {"stage": stage, "layers": [[chunk[0] + 1, chunk[-1] + 1] for chunk in layers], "num_layers": sum(map(len, layers)), "parameters_per_rank": held}
+            {"stage": stage, "layers": [[chunk[0] + 1, chunk[-1] + 1] for chunk in layers], "num_layers": sum(map(len, layers)),
+             "recomputed_layers": again[stage - 1 :: p.pp], "parameters_per_rank": held}
             for stage, (layers, held) in enumerate(zip(chunks, per_rank, strict=True), start=1)
         ],
         "batch": {"tokens_per_step": cut.tokens_per_step, "sequences_per_step": config.train.global_batch_size, "micro_batches": cut.micro_batches,
@@ -76,7 +77,7 @@ def plan_text(config: Config, world_size: int) -> str:
         ("Parameters", _parameter_lines(plan["parameters"])),
         ("Floating-point operations per token", _flops_lines(plan["flops_per_token"])),
         ("Layout", _layout_lines(plan, config)),
-        ("Pipeline stages", [_stage_line(stage, plan["layout"]["pp"]) for stage in plan["stages"]]),
+        ("Pipeline stages", [_stage_line(stage, config) for stage in plan["stages"]]),
         ("Process groups", _group_lines(plan, config)),
         ("Batch", _batch_lines(plan["batch"], plan["layout"]["dp"])),
         ("Notes", plan["notes"]),
@@ -112,14 +113,17 @@ def _layout_lines(plan: dict[str, Any], config: Config) -> list[str]:
         lines.append(f"experts:   PP {layout['pp']} x ETP {layout['etp']} x EP {layout['ep']} x expert DP {layout['expert_dp']}")
         summary = f"TP = EP {layout['tp']}" if ["tp", "ep"] in plan["same_groups"] else f"TP {layout['tp']}, EP {layout['ep']}"
         lines.append(f"in short:  PP {layout['pp']}, {summary}, DP {layout['dp']}")
+    if config.parallel.recompute == "selective":
+        lines.append(f"recomputed in every layer: {', '.join(config.parallel.recompute_modules)}")
     return lines
 
 
-def _stage_line(stage: dict[str, Any], num_stages: int) -> str:
+def _stage_line(stage: dict[str, Any], config: Config) -> str:
     spans = " and ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in stage["layers"])
-    ends = [word for word, there in (("embedding", stage["stage"] == 1), ("output and loss", stage["stage"] == num_stages)) if there]
-    return f"stage {stage['stage']:>3}: {stage['num_layers']:>3} layers ({spans}), {billions(stage['parameters_per_rank'])} parameters per rank" + (
-        f", {' and '.join(ends)}" if ends else "")
+    ends = [word for word, there in (("embedding", stage["stage"] == 1), ("output and loss", stage["stage"] == config.parallel.pp)) if there]
+    again = f"{' and '.join(map(str, stage['recomputed_layers']))} of them recomputed" if config.parallel.recompute == "full" else ""
+    parts = [f"{stage['num_layers']:>3} layers ({spans})", again, f"{billions(stage['parameters_per_rank'])} parameters per rank", " and ".join(ends)]
+    return f"stage {stage['stage']:>3}: {', '.join(part for part in parts if part)}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""Which layers each pipeline stage holds, and how a global batch is cut into micro-batches.
+"""Which layers each pipeline stage holds and recomputes, and how a global batch is cut into micro-batches.
 
 With `vpp` chunks per stage the model is cut into pp * vpp pieces in order, and piece i lives on stage i mod pp (megatron-core's interleaving:
 chunk c of stage s is piece c * pp + s).
@@ -23,6 +23,16 @@ def stage_chunks(config: Config) -> list[list[list[int]]]:
     """For each pipeline stage its chunks (one, or vpp), each a list of layer indices from 0."""
     pp = config.parallel.pp
     return [pieces(config)[stage::pp] for stage in range(pp)]
+
+
+def recomputed_layers(config: Config) -> list[int]:
+    """How many layers, from its first, each of the pp * vpp pieces recomputes as a whole."""
+    sizes, asked = [len(piece) for piece in pieces(config)], config.parallel.recompute_layers
+    if config.parallel.recompute != "full":
+        return [0 for _ in sizes]
+    if asked is None:
+        return sizes
+    return asked if isinstance(asked, list) else [min(asked, size) for size in sizes]
 
 
 @dataclass(frozen=True)

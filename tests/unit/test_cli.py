@@ -57,6 +57,15 @@ def test_dry_run_as_json():
     assert plan["batch"]["micro_batches"] * 2 * plan["batch"]["micro_batch_size"] == plan["batch"]["sequences_per_step"]
 
 
+def test_dry_run_says_what_is_recomputed():
+    per_stage = ("parallel.recompute=full", "parallel.recompute_layers=[0,1,1,0]", "parallel.pp=2", "parallel.vpp=2", "--world-size=2")
+    text = run("--config", TINY, "--dry-run", *per_stage).stdout
+    assert "stage   1:   2 layers (1 and 3), 0 and 1 of them recomputed" in text and "stage   2:   2 layers (2 and 4), 1 and 0 of them recomputed" in text
+    assert [stage["recomputed_layers"] for stage in json.loads(run("--config", TINY, "--dry-run", "--json", *per_stage).stdout)["stages"]] == [[0, 1], [1, 0]]
+    modules = run("--config", TINY, "--dry-run", "parallel.recompute=selective", "parallel.recompute_modules=[core_attn,router]", "--world-size=1").stdout
+    assert "recomputed in every layer: core_attn, router" in modules and "of them recomputed" not in modules
+
+
 def test_resolved_configuration_in_the_dry_run_can_be_loaded_again(tmp_path):
     text = run("--config", TINY, "--dry-run", "run_dir='010'").stdout
     block = "\n".join(line[2:] for line in text.split("\n\n")[0].splitlines()[1:])

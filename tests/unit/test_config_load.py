@@ -85,7 +85,7 @@ def test_later_overrides_win_and_a_given_list_replaces(base):
     ["moe=null", "megatron={}"],
     ["run_dir='12:30:00'", "data.tokenizer='010'", "data.cache_dir='yes'", "metrics.wandb_project='# 1: a\u4e2d'"],
     ["data.mock=false", "data.train=[{path: a, weight: 0.1}, '3e-4']", "data.valid={'no': [x], b: [{path: y}]}", "optim.eps=1e-20", "optim.lr=0.1"],
-    ["parallel.pp=2", "parallel.layers_per_stage=[1, 3]", "parallel.recompute=selective", "parallel.recompute_modules=[moe, mlp]"],
+    ["parallel.pp=2", "parallel.layers_per_stage=[1, 3]", "parallel.recompute=selective", "parallel.recompute_modules=[moe, core_attn]"],
     ["megatron={softmax_scale: null, softmax_type: vanilla, cp_comm_type: [p2p, a2a]}", "moe.capacity_factor=1.1", "moe.adaptive.enabled=true"],
 ])
 def test_dump_and_load_is_the_same(base, tmp_path, overrides):

@@ -8,7 +8,7 @@ from megatron_skywork.config.load import load_config
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan.flops import formula_text, forward_flops_per_token, matmul_parameters, report_flops_per_token, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters, stage_parameters
-from megatron_skywork.plan.stages import batch, pieces, stage_chunks
+from megatron_skywork.plan.stages import batch, pieces, recomputed_layers, stage_chunks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # hidden 8, 2 heads of 4, vocabulary 10 padded to 12
@@ -123,6 +123,14 @@ def test_stages_hold_every_layer_once_in_order():
     assert pieces(config) == [[0], [1, 2, 3], [4, 5], [6, 7]]
     assert stage_chunks(config) == [[[0], [4, 5]], [[1, 2, 3], [6, 7]]]
     assert stage_chunks(make(parallel={"pp": 2})) == [[[0, 1]], [[2, 3]]]
+
+
+@pytest.mark.parametrize(("recompute", "asked", "found"), [
+    ("none", None, [0, 0]), ("selective", None, [0, 0]), ("full", None, [1, 3]), ("full", 2, [1, 2]), ("full", [0, 3], [0, 3]),
+])  # fmt: skip
+def test_recomputed_layers_of_each_stage(recompute, asked, found):
+    config = make(parallel={"pp": 2, "layers_per_stage": [1, 3], "recompute": recompute, "recompute_layers": asked})
+    assert recomputed_layers(config) == found
 
 
 def test_batch():
