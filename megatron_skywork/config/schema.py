@@ -191,7 +191,7 @@ class Parallel(Section):
     recompute_layers: NonNegative | list[NonNegative] | None = Field(
         None, description="With recompute=full: the first layers of each stage that are recomputed, one number for all or a list like layers_per_stage; unset means all.")
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "router", "shared_experts"]] = Field(
-        ["core_attn"], description="With recompute=selective: the modules.")
+        ["core_attn"], description="With recompute=selective: the modules. The torch backend recomputes moe_act in any case.")
     overlap: bool = Field(False, description="Overlap gradient reduction and parameter gathering with compute.")
     gpus_per_node: Positive = Field(8, description="Ranks per node, used to tell which groups cross nodes.")
 

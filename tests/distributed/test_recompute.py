@@ -100,7 +100,7 @@ def test_every_module_leaves_less_for_backward(ranks: RankPool) -> None:
         "data": {"seq_length": tokens},
         "train": {"precision": "bf16"},
     })  # fmt: skip
-    modules = [name for name in MODULES if name != "moe_act"]
+    modules = [name for name in MODULES if name != "moe_act"]  # GroupedExperts never keep it
     choices = {"none": NONE, **{name: selective(name) for name in [*modules, "moe"]}, "all of them": selective(*modules), "full": {"recompute": "full"}}
     (kept,) = ranks.run(1, kept_bytes, settings, choices)
     layers = {"core_attn": 4, "layernorm": 4, "all of them": 4, "full": 4}
