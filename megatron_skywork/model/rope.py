@@ -12,7 +12,6 @@ Shapes: S sequence, B batch, N heads (of queries or keys), D head width.
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -46,19 +45,23 @@ class _Rotation(torch.autograd.Function):
 
 
 class RotaryTables:
-    """Cosines and sines of the angles seen last. All layers of a micro-batch are given the same tensor of angles, queries and keys alike."""
+    """Cosines and sines of the angles seen last. All layers of a micro-batch are given the same angles, queries and keys alike, and recomputation a view."""
 
     def __init__(self) -> None:
-        self._angles: Any = lambda: None
-        self._dtype = torch.float32
+        self._angles: Tensor | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def of(self, angles_S11D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Both [S, 1, 1, D] in `dtype`."""
-        if self._tables is None or self._angles() is not angles_S11D or self._dtype != dtype:
-            self._angles, self._dtype = weakref.ref(angles_S11D), dtype
-            self._tables = angles_S11D.cos().to(dtype), angles_S11D.sin().to(dtype)
+        if self._tables is None or self._tables[0].dtype != dtype or not self._held(angles_S11D):
+            # Held, so that nothing else comes to lie at this address; megatron-core never writes into angles it has made.
+            self._angles = angles_S11D.detach()
+            self._tables = self._angles.cos().to(dtype), self._angles.sin().to(dtype)
         return self._tables
+
+    def _held(self, angles_S11D: Tensor) -> bool:
+        held = self._angles
+        return held is not None and held.data_ptr() == angles_S11D.data_ptr() and held.shape == angles_S11D.shape and held.dtype == angles_S11D.dtype
 
 
 _tables = RotaryTables()

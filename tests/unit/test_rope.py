@@ -66,7 +66,8 @@ def test_a_view_is_left_alone() -> None:
 def test_tables_are_made_once_per_angles_and_dtype() -> None:
     tables, angles = RotaryTables(), _angles().clone()
     first = tables.of(angles, torch.float32)
-    assert tables.of(angles, torch.float32) is first
+    assert tables.of(angles, torch.float32) is first and tables.of(angles.detach(), torch.float32) is first
+    assert tables.of(angles[:100], torch.float32)[0].shape[0] == 100
     assert tables.of(angles, torch.bfloat16)[0].dtype == torch.bfloat16
     assert tables.of(angles, torch.float32) is not first
     other = tables.of(2 * angles, torch.float32)
