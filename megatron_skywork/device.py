@@ -38,6 +38,16 @@ def current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
 
 
+def has_flash_attention() -> bool:
+    """Whether torch's flash attention kernels run here: on Ampere and newer."""
+    return has_gpu() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def has_compiler() -> bool:
+    """Whether torch can compile kernels for this device: a GPU, and Triton for it."""
+    return has_gpu() and _installed("triton")
+
+
 def select(local_rank: int) -> None:
     """Bind this process to the GPU with its local rank; nothing to do on CPU."""
     if has_gpu():

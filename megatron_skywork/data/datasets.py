@@ -26,6 +26,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from megatron_skywork.config.schema import Config, Source
+from megatron_skywork.data.boundaries import document_lengths
 from megatron_skywork.data.file_lock import exclusive
 from megatron_skywork.data.indexed import SideFile, check_dataset
 from megatron_skywork.data.mock import MockDataset
@@ -64,6 +65,13 @@ class DatasetVocabulary:
 class OneEpochDataset(GPTDataset):
     """A GPTDataset over one epoch: documents in shuffled order, laid end to end, cut every seq_length tokens (plus one for the last label)."""
 
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """megatron-core's sample, with `document_lengths` [S] instead of its mask where documents are kept apart."""
+        sample = super().__getitem__(idx)
+        if self.config.reset_attention_mask:
+            sample["document_lengths"] = document_lengths(sample["tokens"], self.config.tokenizer.eod)
+        return sample
+
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, range]:
         """(document order [documents], sample starts [samples + 1, 2], sample order). megatron-core calls this from its constructor.
 
@@ -101,7 +109,7 @@ class Blend(Dataset):
         self.datasets, self.order = datasets, order
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """The sample at global index `index` >= 0: tokens, labels, loss_mask, position_ids [S], and attention_mask [1, S, S] where it is asked for."""
+        """The sample at global index `index` >= 0: tokens, labels, loss_mask, position_ids [S], and document_lengths [S] where documents are kept apart."""
         dataset_N, sample_N = self.order.locate([index])
         return self.datasets[int(dataset_N[0])][int(sample_N[0])]
 
@@ -177,7 +185,7 @@ def _open(config: Config, path: str, side: SideFile, split: Split) -> OneEpochDa
     settings = GPTDatasetConfig(
         random_seed=config.train.seed, sequence_length=data.seq_length, blend=([path], None), split="1", path_to_cache=cache, tokenizer=DatasetVocabulary(side),
         reset_position_ids=data.reset_position_ids, reset_attention_mask=data.reset_attention_mask, eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=data.reset_attention_mask)
+        create_attention_mask=False)
     indexed = IndexedDataset(path)
     try:
         return OneEpochDataset(indexed, path, np.arange(side.num_sequences, dtype=np.int32), None, split, settings)

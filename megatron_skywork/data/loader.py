@@ -77,7 +77,7 @@ def build_train_loader(config: Config, *, dp_rank: int, dp_size: int, consumed_s
         consumed_samples: samples all ranks together have consumed.
         pin_memory: page-lock the batches, where a GPU reads them.
     Yields:
-        tokens_BS, labels_BS, position_ids_BS int64, loss_mask_BS float32, and attention_mask [B,1,S,S] bool (True: masked) with data.reset_attention_mask.
+        tokens_BS, labels_BS, position_ids_BS int64, loss_mask_BS float32, and document_lengths_BS int32 (see `boundaries`) with data.reset_attention_mask.
     Raises:
         DataError: a dataset is missing, damaged, too short, or does not fit the model.
     """

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from megatron_skywork.data.boundaries import document_lengths
 from megatron_skywork.data.order import derive_key, mix
 
 MOCK_EOD_ID = 0
@@ -37,7 +38,7 @@ class MockDataset(Dataset):
         states = max(2, min(vocab_size, _MAX_STATES))
         self._states = states - 1 if states % _STRIDE == 0 else states
         self._seq_length, self._seed = seq_length, seed
-        self._mask_options = (reset_position_ids, reset_attention_mask, eod_mask_loss)
+        self._reset_position_ids, self._reset_attention_mask, self._eod_mask_loss = reset_position_ids, reset_attention_mask, eod_mask_loss
 
     def tokens(self, index: int) -> np.ndarray:
         """The seq_length + 1 token ids of sample `index`, int64."""
@@ -50,11 +51,13 @@ class MockDataset(Dataset):
         return (drawn[restart] + _STRIDE * (positions - restart)) % self._states
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Sample `index` >= 0 with the keys and shapes of a GPTDataset sample."""
+        """Sample `index` >= 0 with the keys and shapes of a file's sample."""
         from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
         text = torch.from_numpy(self.tokens(index))
         tokens_S, labels_S = text[:-1].contiguous(), text[1:].contiguous()
-        attention_mask, loss_mask_S, position_ids_S = _get_ltor_masks_and_position_ids(tokens_S, MOCK_EOD_ID, *self._mask_options, self._mask_options[1])
+        _, loss_mask_S, position_ids_S = _get_ltor_masks_and_position_ids(
+            tokens_S, MOCK_EOD_ID, self._reset_position_ids, reset_attention_mask=False, eod_mask_loss=self._eod_mask_loss, create_attention_mask=False
+        )
         sample = {"tokens": tokens_S, "labels": labels_S, "loss_mask": loss_mask_S, "position_ids": position_ids_S}
-        return sample if attention_mask is None else {**sample, "attention_mask": attention_mask}
+        return {**sample, "document_lengths": document_lengths(tokens_S, MOCK_EOD_ID)} if self._reset_attention_mask else sample

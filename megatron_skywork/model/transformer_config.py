@@ -13,6 +13,7 @@ from megatron_skywork import device
 from megatron_skywork.config.megatron_fields import python_values
 from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
+from megatron_skywork.model.rope import offer_fused_rotary
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -28,11 +29,13 @@ def choose_backend(config: Config) -> str:
     wanted = config.model.backend
     if wanted == "te" and not usable:
         raise ConfigError("model.backend=te needs a GPU and the package transformer_engine; install the extra `te`, or set model.backend=torch")
-    # Transformer Engine's causal attention does not look at a given mask; the `torch` backend does.
-    own_mask = config.data.reset_attention_mask
-    if wanted == "te" and own_mask:
-        raise ConfigError("model.backend=te ignores the mask that data.reset_attention_mask=true makes; set model.backend=torch, or reset_attention_mask=false")
-    backend = "te" if wanted != "torch" and usable and not own_mask else "torch"
+    # Transformer Engine's causal attention knows documents only in sequences packed into one; the `torch` backend takes them as they are.
+    apart = config.data.reset_attention_mask
+    if wanted == "te" and apart:
+        raise ConfigError(
+            "model.backend=te does not keep documents apart, as data.reset_attention_mask=true asks; set model.backend=torch, or reset_attention_mask=false"
+        )
+    backend = "te" if wanted != "torch" and usable and not apart else "torch"
     if config.parallel.cp > 1 and backend != "te":
         raise ConfigError(f"parallel.cp={config.parallel.cp} needs Transformer Engine's attention; install the extra `te` on a GPU, or set parallel.cp=1")
     return backend
@@ -47,6 +50,8 @@ def transformer_config(config: Config, backend: str) -> SkyworkTransformerConfig
     fields = {**_shape(config), **_layout(config), **_precision(config, backend)}
     if config.moe is not None:
         fields.update(_experts(config, backend))
+    if backend == "torch":
+        offer_fused_rotary()
     try:
         return SkyworkTransformerConfig(**{**fields, **python_values(config.megatron, enums)})
     except (AssertionError, ValueError) as refusal:
@@ -151,8 +156,9 @@ def _precision(config: Config, backend: str) -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": fused,
-        "bias_activation_fusion": fused,
+        # megatron-core compiles SwiGLU and its gradient. On a GPU that is one kernel each way, which keeps its input alone; a CPU would pay a C++ build.
+        "bias_activation_fusion": fused or (config.model.compile and device.has_compiler()),
         "bias_dropout_fusion": fused,
-        "apply_rope_fusion": fused,
+        "apply_rope_fusion": True,
         "moe_permute_fusion": fused,
     }

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_skywork import device, parallel
 from megatron_skywork.config.schema import Config
 from megatron_skywork.metrics.throughput import PhaseTimer
+from megatron_skywork.model.documents import Documents
 from megatron_skywork.moe.router_state import (
     RouterSummary,
     expert_biases,
@@ -122,11 +123,13 @@ def run_schedule(config: Config, chunks: list[Any], batches: list[Batch], *, for
 
 def forward_step(batches: Iterator[Batch], chunk: Any) -> tuple[Tensor, Any]:
     """One micro-batch through one chunk, in the form megatron-core's schedules call."""
-    batch = {name: tensor.to(device.current(), non_blocking=True) for name, tensor in next(batches).items()}
+    held = next(batches)  # every chunk of this rank reads the same one, so it stays as it is
+    batch = {name: tensor.to(device.current(), non_blocking=True) for name, tensor in held.items() if name != "document_lengths"}
+    documents = Documents(held["document_lengths"], device.current()) if "document_lengths" in held else None
     cp_rank, cp_size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
-    if cp_size > 1:  # validate.py refuses an attention mask here, so every tensor is [B, S]
+    if cp_size > 1:  # validate.py refuses documents here
         batch = {name: parallel.sequence_part(tensor, cp_rank, cp_size) for name, tensor in batch.items()}
-    output = chunk(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+    output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=documents)
     return output, functools.partial(masked_loss, batch["loss_mask"])
 
 

@@ -156,18 +156,13 @@ def test_document_boundaries(folder: Path, tmp_path: Path) -> None:
     batch = take(blend(folder, tmp_path, options), 1)[0]
     plain = take(blend(folder, tmp_path), 1)[0]
     assert torch.equal(batch["tokens"], plain["tokens"])
-    assert batch["attention_mask"].shape == (2, 1, SEQ, SEQ) and batch["attention_mask"].dtype == torch.bool
+    assert set(batch) == {*plain, "document_lengths"} and batch["document_lengths"].shape == (2, SEQ)
     ends = batch["tokens"] == 1
     assert ends.any() and torch.equal(batch["loss_mask"] == 0, ends)
     for row in range(2):
-        begin = 0
-        for end in [*ends[row].nonzero().flatten().tolist(), SEQ - 1]:
-            length = end + 1 - begin
-            assert batch["position_ids"][row, begin : end + 1].tolist() == list(range(length))
-            seen = ~batch["attention_mask"][row, 0, begin : end + 1]
-            assert torch.equal(seen[:, begin : end + 1], torch.ones(length, length).tril().bool())
-            assert not seen[:, :begin].any() and not seen[:, end + 1 :].any()
-            begin = end + 1
+        lengths = [length for length in batch["document_lengths"][row].tolist() if length]
+        assert sum(lengths) == SEQ and torch.equal(torch.tensor(lengths).cumsum(0)[: ends[row].sum()] - 1, ends[row].nonzero().flatten())
+        assert batch["position_ids"][row].tolist() == [position for length in lengths for position in range(length)]
 
 
 @pytest.mark.parametrize("option", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])

@@ -50,6 +50,6 @@ def test_labels_are_the_next_tokens_and_documents_have_boundaries() -> None:
     assert len(ends) > 1
     assert (sample["loss_mask"][ends] == 0).all() and sample["loss_mask"].sum() == 256 - len(ends)
     assert (sample["position_ids"][ends[:-1] + 1] == 0).all()
-    mask = sample["attention_mask"]
-    assert mask.shape == (1, 256, 256) and mask.dtype == torch.bool
-    assert mask[0, ends[0] + 1, ends[0]] and not mask[0, ends[0], ends[0]] and mask[0, 0, 1]
+    lengths = sample["document_lengths"]
+    assert lengths.shape == (256,) and lengths.sum() == 256 and set(sample) == {*plain, "document_lengths"}
+    assert torch.equal(lengths.cumsum(0)[: len(ends)] - 1, ends)
