@@ -1,4 +1,7 @@
-"""megatron-core's distributed optimizer over our AdamW (`adamw.py`), its settings, and the learning-rate schedule. What a step does stands in `optim_step.py`."""
+"""megatron-core's distributed optimizer over our AdamW (`adamw.py`), its settings, and the learning-rate schedule.
+
+What a step does stands in `optim_step.py`.
+"""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class OptimizerStep:
 
 
 def _counted_once(part: DistributedOptimizer, gradients: dict[Tensor, Tensor]) -> list[Tensor]:
-    """Gradients that this rank adds to the global norm: not those of shared weights, nor of copies on other tensor-parallel ranks. megatron-core knows which."""
+    """Gradients that this rank adds to the global norm: megatron-core leaves out those of shared weights and of copies on other tensor-parallel ranks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it reads `.grad` of shards that are views of parameters
         for shard, gradient in gradients.items():
