@@ -99,7 +99,7 @@ class Bench:
         batch = config.train.global_batch_size
         destroy_num_microbatches_calculator()
         init_num_microbatches_calculator(place.rank, None, batch, config.train.micro_batch_size, place.dp_size)
-        self.config, self.clock, self.timer = config, clock, PhaseTimer(device.synchronize)
+        self.config, self.clock, self.timer = config, clock, PhaseTimer()
         chunks = wrap_for_training(config, build_chunks(config))
         self.routers = find_routers(chunks)
         self._step = TrainStep(config, chunks, build_optimizer(config, chunks), batch, self.timer)

@@ -15,6 +15,7 @@ import logging
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,23 @@ def waits_forbidden() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def moment() -> Any:
+    """This point in the order of the device's work, for `seconds_between`. A GPU notes the time when it gets there; nobody waits."""
+    if not has_gpu():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds from one `moment` to a later one, once the device has come that far."""
+    if not has_gpu():
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def peak_memory_bytes() -> int:

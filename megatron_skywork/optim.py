@@ -1,17 +1,11 @@
-"""AdamW, its learning-rate schedule, and a step that refuses gradients that are not finite.
+"""megatron-core's distributed optimizer over our AdamW (`adamw.py`), its settings, and the learning-rate schedule.
 
-AdamW (Loshchilov and Hutter, arXiv 1711.05101): m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w -= lr (m^ / (sqrt(v^) + eps) + wd w).
-
-megatron-core uses the Adam of Transformer Engine or apex where they are installed. Without them it falls back to torch's AdamW, whose state holds a step
-per parameter that its distributed optimizer cannot save in a reshardable way. `FusedAdamW` is torch's own fused kernel behind the shape of state that
-megatron-core expects: moments per parameter, the step per parameter group.
+What a step does stands in `optim_step.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import megatron.core.optimizer as core_optimizer
 import megatron.core.optimizer.distrib_optimizer as distributed
@@ -20,11 +14,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from torch import Tensor
-from torch.optim.adamw import adamw
 
+from megatron_skywork.adamw import FusedAdamW
 from megatron_skywork.config.schema import Config, Optim
 from megatron_skywork.model.transformer_config import DTYPES
+from megatron_skywork.optim_step import gradients_of
 
 
 def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
@@ -47,73 +41,6 @@ def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
     progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     remaining = 0.5 * (1.0 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1.0 - progress
     return optim.min_lr + (optim.lr - optim.min_lr) * remaining
-
-
-class FusedAdamW(torch.optim.Optimizer):
-    """AdamW in one fused kernel per group, on CPU and GPU, with state that megatron-core can shard.
-
-    Args:
-        params: parameters or groups.
-        lr, betas, eps, weight_decay: the usual.
-        adam_w_mode: megatron-core says whether decay is decoupled; only that is built here.
-        capturable: megatron-core 0.19 says whether the step is captured in a CUDA graph; the kernel does not mind.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        adam_w_mode: bool = True,
-        capturable: bool = False,
-    ):
-        if not adam_w_mode:
-            raise ValueError("FusedAdamW decays weights apart from the gradient; adam_w_mode=False is another optimizer")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        for group in self.param_groups:
-            group["step"] += 1
-            params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                self._update(params, group)
-
-    def allocate(self) -> None:
-        """Make the moments now: a run that has refused all its steps so far (fp16 looking for its scale) must be able to save, too."""
-        for group in self.param_groups:
-            group.setdefault("step", 0)
-            for param in group["params"]:
-                if not self.state[param]:
-                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        # The kernel counts steps itself, in one tensor per parameter; unbinding a single tensor makes them in one launch.
-        steps = list(torch.full((len(params),), float(group["step"] - 1), device=params[0].device).unbind())
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [param.grad for param in params],  # type: ignore[misc]
-            [self.state[param]["exp_avg"] for param in params],
-            [self.state[param]["exp_avg_sq"] for param in params],
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-
-
-class NonFiniteGradient(Exception):
-    """Raised inside a step, before anything is changed."""
 
 
 def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -141,9 +68,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             _number_mixed_groups(part)
-            if isinstance(part.optimizer, FusedAdamW):
-                part.optimizer.allocate()
-    _refuse_nonfinite_norm(optimizer)
+            part.optimizer.allocate(gradients_of(part), DTYPES[optim.moments])
     return optimizer
 
 
@@ -160,34 +85,6 @@ def apply_settings(optimizer: MegatronOptimizer, optim: Optim) -> None:
         group.update(betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
 
-def guarded_step(optimizer: MegatronOptimizer) -> tuple[bool, float]:
-    """Apply one update, unless a gradient is not finite.
-
-    The norm is reduced over all ranks before it is looked at, so every rank decides alike.
-
-    Returns:
-        whether parameters changed, and the gradient norm before clipping (NaN where fp16's loss scale was too high, or as found).
-    """
-    try:
-        applied, norm, _ = optimizer.step()
-    except NonFiniteGradient as found:
-        return False, found.args[0]
-    return bool(applied), float("nan") if norm is None else float(norm)
-
-
-def _refuse_nonfinite_norm(optimizer: MegatronOptimizer) -> None:
-    """Stop megatron-core between measuring the norm and using it: it would clip by NaN and step."""
-    measure = optimizer.get_grad_norm
-
-    def checked() -> float:
-        norm = measure()
-        if not math.isfinite(norm):
-            raise NonFiniteGradient(float(norm))
-        return norm
-
-    optimizer.get_grad_norm = checked
-
-
 def _number_mixed_groups(optimizer: DistributedOptimizer) -> None:
     """Number the parameters of a group as they lie in it: fp32 ones (the routers) first, then those kept in half precision.
 
@@ -200,9 +97,7 @@ def _number_mixed_groups(optimizer: DistributedOptimizer) -> None:
 
 
 def _offer_fused_adamw() -> None:
-    """Put `FusedAdamW` where megatron-core looks for apex's FusedAdam, unless it found a real one."""
-    if core_optimizer.USING_PYTORCH_OPTIMIZER:
-        core_optimizer.Adam = FusedAdamW
-        core_optimizer.USING_PYTORCH_OPTIMIZER = False
-        distributed.Adam = FusedAdamW
-        distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    """Put `FusedAdamW` where megatron-core looks for Transformer Engine's or apex's FusedAdam, so that a run is the same with and without them."""
+    core_optimizer.Adam = distributed.Adam = FusedAdamW
+    core_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

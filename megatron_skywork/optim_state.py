@@ -29,6 +29,9 @@ def save_without_copies(optimizer: MegatronOptimizer) -> None:
 class OwnState:
     """Stands in for a flat buffer when this rank holds everything: a parameter's range is answered with the parameter's own state, not a copy.
 
+    Checkpoints hold fp32, whatever moments are kept in, so that the next start may keep them in something else. What has to be widened for that is widened in
+    the host's memory, where it is written from (or read to) anyway.
+
     Args:
         optimizer: whose state.
         buffer: megatron-core's buffer, whose ranges are asked for.
@@ -40,7 +43,8 @@ class OwnState:
         self._param_at = {start: param for param, (start, _, _) in buffer.param_index_map.items()}
 
     def __getitem__(self, where: slice) -> Tensor:
-        return self._optimizer._get_main_param_and_optimizer_states(self._param_at[where.start])[self._key].detach().flatten()
+        state = self._optimizer._get_main_param_and_optimizer_states(self._param_at[where.start])[self._key].detach().flatten()
+        return state if state.dtype == torch.float32 else state.to("cpu", torch.float32)
 
 
 def whole_state(

@@ -87,7 +87,10 @@ _FLEX = "it belongs to megatron-core's flex dispatcher, and moe.dispatcher offer
 _RANK_CAPACITY = "it would drop tokens behind the router, where nobody counts them; set moe.capacity_factor (and moe.capacity_scope=rank) instead"
 # Fields that would go round the routing of this package or change nothing in it: why, and what to do.
 _ONE_WEIGHT = "checkpoints and expert similarity need one parameter per expert and matrix; leave it out"
+_NARROW_WEIGHTS = "the optimizer's step writes weights in train.precision, and megatron.fp8 computes in fp8 without it; leave it out"
 NOT_HERE = {
+    "fp8_param": _NARROW_WEIGHTS,
+    "fp4_param": _NARROW_WEIGHTS,
     "moe_router_topk_limited_devices": "routing would depend on parallel.ep; set megatron.moe_router_num_groups and megatron.moe_router_group_topk instead",
     "moe_router_quantile_balancing_ema": "it belongs to quantile balancing, which would replace the routing of this package; leave it out",
     "moe_expert_rank_capacity_factor": _RANK_CAPACITY,

@@ -17,6 +17,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+# bf16 keeps 8 significant bits, so half the distance to a neighbour is at most 2^-8 of a value; derived in adamw.py.
+LARGEST_BETA_BF16 = 1 - 2**-8
+
 # Given as the context of a validation: check every value by itself, and leave out `Section.rules`.
 VALUES_ONLY = "values only"
 
@@ -252,10 +255,16 @@ class Optim(Section):
     beta2: Share = Field(0.95, description="Decay of the second moment.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 means no clipping.")
+    moments: Literal["fp32", "bf16"] = Field("fp32", description="What AdamW keeps its two moments in: fp32 takes 8 bytes a parameter, bf16 4; updates are computed in fp32.")
 
     def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.min_lr > self.lr:
             yield ("min_lr", "lr"), f"min_lr={self.min_lr} is above lr={self.lr}"
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if self.moments == "bf16" and beta > LARGEST_BETA_BF16:
+                yield ("moments", name), (
+                    f"moments=bf16 cannot follow {name}={beta}: a moment shrinks by 1 - {name} of itself in a step, and bf16 rounds away "
+                    f"what is below 2^-8 of it; use {name} up to {LARGEST_BETA_BF16}, or moments=fp32")
 
 
 class Train(Section):
@@ -264,7 +273,7 @@ class Train(Section):
     steps: Positive = Field(description="Optimizer steps of the whole run; the schedule is laid out over it.")
     global_batch_size: Positive = Field(description="Sequences per optimizer step, over all ranks.")
     micro_batch_size: Positive = Field(1, description="Sequences per forward pass on one rank.")
-    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Compute precision; master weights, moments and gradient reduction are fp32.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Compute precision; master weights and gradient reduction are fp32.")
     seed: NonNegative = Field(1234, le=2**31 - 1, description="Seed of weights, dropout and data order.")
     max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run stops.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")

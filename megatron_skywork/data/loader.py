@@ -82,7 +82,9 @@ def build_train_loader(config: Config, *, dp_rank: int, dp_size: int, consumed_s
         DataError: a dataset is missing, damaged, too short, or does not fit the model.
     """
     batches = MicroBatches(consumed_samples, None, config.train.micro_batch_size, dp_rank, dp_size)
-    return iter(_loader(build_train_dataset(config), batches, config.data.num_workers, pin_memory))
+    # A step takes all its micro-batches at once, so all of the next one must be there by then; they are small beside anything else in memory.
+    num_ahead = config.train.global_batch_size // (config.train.micro_batch_size * dp_size)
+    return iter(_loader(build_train_dataset(config), batches, config.data.num_workers, pin_memory, num_ahead))
 
 
 def build_valid_loaders(config: Config, *, dp_rank: int, dp_size: int, pin_memory: bool = False) -> dict[str, DataLoader]:
@@ -96,13 +98,23 @@ def build_valid_loaders(config: Config, *, dp_rank: int, dp_size: int, pin_memor
     """
     batches = MicroBatches(0, config.train.eval_samples, config.train.micro_batch_size, dp_rank, dp_size)
     # Evaluations are short and far apart: processes of their own would cost more than they bring.
-    return {name: _loader(Padded(dataset), batches, 0, pin_memory) for name, dataset in build_valid_datasets(config).items()}
+    return {name: _loader(Padded(dataset), batches, 0, pin_memory, 0) for name, dataset in build_valid_datasets(config).items()}
 
 
-def _loader(dataset: Dataset, batches: MicroBatches, num_workers: int, pin_memory: bool) -> DataLoader:
+def _loader(dataset: Dataset, batches: MicroBatches, num_workers: int, pin_memory: bool, num_ahead: int) -> DataLoader:
+    # Two for each worker at least: one to hand over, one in the making.
+    per_worker = max(2, -(-num_ahead // num_workers)) if num_workers else None
     # A generator of its own: DataLoader draws a seed for its workers, which must not move the run's random state.
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory, generator=torch.Generator().manual_seed(0),  # type: ignore[arg-type]
-                      worker_init_fn=_worker_signals() if num_workers else None, multiprocessing_context="fork" if num_workers else None)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        prefetch_factor=per_worker,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=_worker_signals() if num_workers else None,
+        multiprocessing_context="fork" if num_workers else None,
+    )
 
 
 def _worker_signals() -> Callable[[int], None]:

@@ -19,6 +19,7 @@ from megatron_skywork.metrics import wording
 _BAR_WIDTH = 20
 _STEPS_PER_KEPT_LINE = 50
 _STEPS_FOR_ETA = 50
+_SHARE_OF_WAITING_SHOWN = 0.05
 _CLEAR_LINE = "\r\x1b[2K"
 
 
@@ -51,6 +52,8 @@ def step_line(record: Mapping[str, Any], last_step: int) -> str:
     seconds = (record.get("seconds") or {}).get("step")
     if seconds is not None:
         parts.append(f"{seconds:.2f} s")
+    if (record.get("data_wait_share") or 0) > _SHARE_OF_WAITING_SHOWN:
+        parts.append(f"waits {100 * record['data_wait_share']:.0f} % for data")
     if record.get("skipped"):
         parts.append("skipped")
     return "  ".join(parts)

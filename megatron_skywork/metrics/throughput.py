@@ -10,10 +10,12 @@ FLOPs per token are what the model needs (forward and backward, no recomputation
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from megatron_skywork import device
 
 # Dense bf16 TFLOP/s of one device, from the makers' data sheets (where a sheet prints the figure "with sparsity", half of it). A key matches a device
 # whose name has all its words; the key with the most words wins, so a PCIe or NVL card does not get the SXM figure.
@@ -88,7 +90,8 @@ def formulas(*, flops_per_token: float, flops_formula: str, num_devices: int, de
     known = f"{peak:g} TFLOP/s of {device_name} (dense bf16)" if peak is not None else f"not known for {device_name}; set metrics.peak_tflops"
     return {
         "flops_per_token": f"{flops_per_token:.6g} = {flops_formula}",
-        "tokens_per_second": "tokens of the step, over all devices / seconds of the step",
+        "tokens_per_second": "tokens of a step, over all devices / seconds of a step, mean of the steps since the last record",
+        "data_wait_share": "seconds the device had nothing to do because the next micro-batches were not there / seconds of a step",
         "tflops_per_device": f"{flops_per_token:.6g} * tokens_per_second / {num_devices} devices / 1e12",
         "peak": known,
         "mfu": f"tflops_per_device / {peak:g}" if peak is not None else "not given: the peak is not known",
@@ -96,29 +99,28 @@ def formulas(*, flops_per_token: float, flops_formula: str, num_devices: int, de
 
 
 class PhaseTimer:
-    """Seconds spent in named phases of a step (data, forward_backward, optimizer).
+    """Seconds spent in named phases of steps (step, data, forward_backward, optimizer), as the device sees them.
 
-    Args:
-        synchronize: called before each reading of the clock, so that queued device work is counted where it was queued; `device.synchronize`, or None to
-            measure the host's time only.
+    A phase is two moments in the order of the device's work, and they are compared only when somebody asks: on a GPU nothing waits for the clock, and time in
+    which the host waits while the device is busy counts where the device is busy.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None):
-        self._synchronize = synchronize or (lambda: None)
-        self._seconds: dict[str, float] = {}
+    def __init__(self) -> None:
+        self._phases: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the block to the phase `name`; an exception inside is timed too and goes on."""
-        self._synchronize()
-        start = time.perf_counter()
+        start = device.moment()
         try:
             yield
-            self._synchronize()
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._phases.append((name, start, device.moment()))
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call."""
-        seconds, self._seconds = self._seconds, {}
+        """Seconds of each phase since the last call; waits until the device has done them."""
+        phases, self._phases = self._phases, []
+        seconds: dict[str, float] = {}
+        for name, start, end in phases:
+            seconds[name] = seconds.get(name, 0.0) + device.seconds_between(start, end)
         return seconds

@@ -37,6 +37,8 @@ class KeyFigures:
     tokens_per_second: float | None
     tflops_per_device: float | None
     mfu: float | None
+    data_wait_share: float | None
+    """Median share of a step in which the device waits for data."""
     seconds: float | None
     drop_rate: float | None
     max_over_mean: float | None
@@ -73,6 +75,7 @@ def key_figures(run: Run) -> KeyFigures:
         tokens_per_second=_median(run.series("tokens_per_second")),
         tflops_per_device=_median(run.series("tflops_per_device")),
         mfu=_median(run.series("mfu")),
+        data_wait_share=_median(run.series("seconds.data") / run.series("seconds.step")),
         seconds=_or_none(times[-1] - times[0]) if len(times) > 1 else None,
         **(_router_figures(run.router) if run.router else dict.fromkeys(("drop_rate", "max_over_mean", "dead_experts", "num_experts"))),
     )

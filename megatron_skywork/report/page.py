@@ -100,6 +100,7 @@ def tiles(figures: KeyFigures, window: int) -> str:
     if figures.tokens_per_second is not None:
         more = [f"{figures.tflops_per_device:.3g} TFLOP/s per device" if figures.tflops_per_device is not None else ""]
         more += [f"MFU {wording.percent(figures.mfu)}" if figures.mfu is not None else ""]
+        more += [f"{wording.percent(figures.data_wait_share)} waiting for data" if figures.data_wait_share is not None else ""]
         shown.append(("Speed", f"{figures.tokens_per_second:,.0f} <small>tokens/s</small>", " · ".join(part for part in more if part)))
     if figures.drop_rate is not None:
         shown.append(("Dropped", wording.percent(figures.drop_rate), "of assignments, mean over layers at the end"))

@@ -14,6 +14,9 @@ from megatron_skywork.report.finding import Finding, listed, plural, whole_perce
 from megatron_skywork.report.key_figures import key_figures
 from megatron_skywork.report.load import Run
 
+# Of a step; below that a faster loader would not be felt.
+_MUCH_WAITING = 0.05
+
 
 def training_findings(run: Run) -> Iterator[Finding]:
     """Loss, stability, speed."""
@@ -79,15 +82,16 @@ def _speed(run: Run) -> Iterator[Finding]:
         text += f", {figures.tflops_per_device:.3g} TFLOP/s per device" if figures.tflops_per_device is not None else ""
         text += f", {wording.percent(figures.mfu)} of peak" if figures.mfu is not None else ""
         yield Finding("note", text + ".")
-    data, whole = run.series("seconds.data"), run.series("seconds.step")
-    both = np.isfinite(data) & np.isfinite(whole) & (whole > 0)
-    if both.sum() > 5:
-        share = float(np.median(data[both] / whole[both]))
-        if share > 0.10:
-            yield Finding("warn", f"Waiting for data takes {whole_percent(share)} of a step: raise data.num_workers, or move the data closer.")
-        slow = int((whole[both] > 3 * np.median(whole[both])).sum())
-        if slow:
-            yield Finding("note", f"{plural(slow, 'step')} took more than three times the usual {np.median(whole[both]):.2f} s.")
+    if figures.data_wait_share is not None and figures.data_wait_share > _MUCH_WAITING:
+        share = whole_percent(figures.data_wait_share)
+        workers = run.setting("data.num_workers")
+        text = f"Waiting for data takes {share} of a step: raise data.num_workers" + (f" (it is {workers})" if workers is not None else "")
+        yield Finding("warn", text + ", or move the data closer.")
+    whole = run.series("seconds.step")
+    known = whole[np.isfinite(whole) & (whole > 0)]
+    slow = int((known > 3 * np.median(known)).sum()) if len(known) > 5 else 0
+    if slow:
+        yield Finding("note", f"{plural(slow, 'step')} took more than three times the usual {np.median(known):.2f} s.")
 
 
 def continuity_findings(run: Run) -> Iterator[Finding]:

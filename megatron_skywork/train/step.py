@@ -32,7 +32,8 @@ from megatron_skywork.moe.router_state import (
     schedule_coefficients,
     update_coefficients,
 )
-from megatron_skywork.optim import guarded_step, learning_rate, set_rates
+from megatron_skywork.optim import learning_rate, set_rates
+from megatron_skywork.optim_step import OptimizerStep
 
 Batch = dict[str, Tensor]
 
@@ -62,6 +63,7 @@ class TrainStep:
 
     def __init__(self, config: Config, chunks: list[Any], optimizer: Any, num_micro_batches: int, timer: PhaseTimer):
         self._config, self._chunks, self._optimizer, self._timer = config, chunks, optimizer, timer
+        self._update = OptimizerStep(optimizer, config.optim.clip_grad)
         self._num_micro_batches = num_micro_batches
         self._routers = find_routers(chunks)
         observe(self._routers, health=config.metrics.router)
@@ -74,14 +76,13 @@ class TrainStep:
         with self._timer.phase("forward_backward"):
             for chunk in self._chunks:
                 chunk.zero_grad_buffer()
-            self._optimizer.zero_grad()
             schedule_coefficients(self._routers, step)
             biases = expert_biases(self._routers)
             loss_sum, num_tokens = run_schedule(self._config, self._chunks, batches, forward_only=False)
         with self._timer.phase("optimizer"):
             rate = learning_rate(step, self._config.optim, self._config.train.steps)
             set_rates(self._optimizer, rate, self._config.optim.weight_decay)
-            applied, grad_norm = guarded_step(self._optimizer)
+            applied, grad_norm = self._update()
             if not applied:
                 restore_expert_biases(self._routers, biases)
             routers = update_coefficients(self._routers, parallel.token_group(), skipped=not applied)

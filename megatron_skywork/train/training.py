@@ -43,7 +43,7 @@ class Training:
     def __init__(self, config: Config, place: parallel.Coordinates):
         self.config, self.place = config, place
         self.run_dir = Path(config.run_dir)
-        self.timer = PhaseTimer(device.synchronize)
+        self.timer = PhaseTimer()
         batch = config.train.global_batch_size
         micro_batches = batch // (config.train.micro_batch_size * place.dp_size)
         # megatron-core's schedules read the number of micro-batches of a step from this global.
@@ -59,6 +59,7 @@ class Training:
         self.valid_loaders = build_valid_loaders(config, dp_rank=place.dp, dp_size=place.dp_size, pin_memory=device.has_gpu())
         self.buffer = MetricBuffer(device.current())
         self.refused_in_a_row = 0
+        self._unrecorded_steps = 0
         self.writers = open_writers(config, self.run_dir, resume_step=self.state.step if self.resumed_from else None)
         self._write_header()
 
@@ -103,18 +104,16 @@ class Training:
 
     def train_one_step(self) -> StepResult:
         """Advance by one step; a step whose gradients are not finite changes nothing but the position."""
-        started = time.perf_counter()
         number = self.state.step + 1
-        result = self.step(number, self.train_loader)
+        with self.timer.phase("step"):
+            result = self.step(number, self.train_loader)
         samples = self.config.train.global_batch_size
         self.state = TrainState(number, self.state.samples + samples, self.state.tokens + samples * self.config.data.seq_length)
-        device.synchronize()
-        self._seconds = time.perf_counter() - started
+        self._unrecorded_steps += 1
         return result
 
     def log(self, result: StepResult) -> None:
         """Reduce what the ranks measured and write the step's record, when it is due."""
-        phases = self.timer.take()
         if self.state.step % self.config.metrics.every and result.applied and not self.is_finished:
             return
         for name in ("loss", "num_tokens"):
@@ -122,8 +121,9 @@ class Training:
         if result.loss_sum is not None and result.num_tokens is not None:
             self.buffer.add("loss", result.loss_sum / result.num_tokens.clamp(min=1), "mean", weight=result.num_tokens)
         self.buffer.add("memory_bytes", device.peak_memory_bytes(), "max")
-        for name, seconds in {**phases, "step": self._seconds}.items():
-            self.buffer.add(f"seconds.{name}", seconds, "max")
+        for name, seconds in self.timer.take().items():
+            self.buffer.add(f"seconds.{name}", seconds / self._unrecorded_steps, "max")
+        self._unrecorded_steps = 0
         reduced = self.buffer.reduce()
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
         speed = throughput(
@@ -139,6 +139,7 @@ class Training:
             "tokens_per_second": speed.tokens_per_second,
             "tflops_per_device": speed.tflops_per_device,
             "mfu": speed.mfu,
+            "data_wait_share": reduced["seconds.data"] / reduced["seconds.step"],
             "memory_bytes": int(reduced["memory_bytes"]),
             "seconds": {name.removeprefix("seconds."): value for name, value in reduced.items() if name.startswith("seconds.")},
             "skipped": not result.applied,

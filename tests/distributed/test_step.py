@@ -104,6 +104,31 @@ def test_norms_are_not_decayed(ranks: RankPool, tmp_path: Path) -> None:
     assert sorted(group for group in groups if group[1]) == [(0.0, [1]), (0.3, [2]), (0.3, [3])]
 
 
+def run_by_a_clock_that_ticks(settings: dict[str, Any]) -> None:
+    """A run whose clock goes on by a second whenever it is read."""
+    from itertools import count
+
+    from megatron_skywork import device
+
+    moment, ticks = device.moment, count()
+    device.moment = lambda: next(ticks)
+    try:
+        train(settings)
+    finally:
+        device.moment = moment
+
+
+def test_seconds_of_a_record_are_those_of_one_step(ranks: RankPool, tmp_path: Path) -> None:
+    settings = {"run_dir": str(tmp_path), "train": {"steps": 5}, "metrics": {"every": 2}, "checkpoint": {"save_at_end": False}}
+    ranks.run(1, run_by_a_clock_that_ticks, merged(BASE, settings))
+    found = records(tmp_path)
+    assert [record["step"] for record in found] == [2, 4, 5]
+    for record in found:
+        assert record["seconds"] == {"data": 1, "forward_backward": 1, "optimizer": 1, "step": 7}
+        assert record["data_wait_share"] == pytest.approx(1 / 7)
+        assert record["tokens_per_second"] == pytest.approx(8 * 16 / 7)
+
+
 def test_a_dense_model_and_tied_embeddings_over_stages(ranks: RankPool, tmp_path: Path) -> None:
     for name, more in {"dense": {"moe": None}, "tied": {"model": {"tie_embeddings": True}}, "mixed": {"moe": {"layers": [1, 2]}}}.items():
         settings = merged(BASE, more, {"train": {"steps": 4}})

@@ -24,7 +24,7 @@ LAYERS = [
     {"parallel"},
     {"model"},
     {"data"},
-    {"optim", "optim_state", "checkpoint"},
+    {"adamw", "optim", "optim_step", "optim_state", "checkpoint"},
     {"train"},
     {"report"},
     {"cli"},

@@ -217,6 +217,8 @@ WRONG = [
     ("megatron.moe_router_topk_limited_devices=2", None, "megatron.moe_router_topk_limited_devices=2", "set megatron.moe_router_num_groups"),
     ("megatron.moe_per_layer_logging=true", None, "megatron.moe_per_layer_logging=true", "metrics.router=true"),
     ("megatron.moe_latent_size=16", None, "megatron.moe_latent_size=16", "the whole hidden state"),
+    ("megatron.fp8_param=true megatron.fp8=hybrid model.backend=te", None, "megatron.fp8_param=true", "leave it out"),
+    ("optim.moments=bf16 optim.beta2=0.999", None, "optim.moments=bf16 cannot follow beta2=0.999", "use beta2 up to 0.99609375, or moments=fp32"),
     ("megatron.overlap_moe_expert_parallel_comm=true", None, "megatron.overlap_moe_expert_parallel_comm=true", "leave it out"),
     ("megatron.moe_shared_expert_gate=true", None, "megatron.moe_shared_expert_gate=true", "set moe.shared_expert_gate"),
     ("moe.shared_expert_gate=true", None, "moe.shared_expert_gate=true gates a shared expert", "set shared_expert_ffn_hidden_size"),

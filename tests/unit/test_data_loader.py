@@ -55,6 +55,14 @@ def take(config: Config, count: int, dp_rank: int = 0, dp_size: int = 1, consume
     return list(itertools.islice(build_train_loader(config, dp_rank=dp_rank, dp_size=dp_size, consumed_samples=consumed), count))
 
 
+@pytest.mark.parametrize(("num_workers", "dp_size", "ahead"), [(1, 1, 12), (1, 3, 4), (2, 1, 6), (2, 6, 2)])
+def test_a_whole_step_is_read_ahead(folder: Path, tmp_path: Path, num_workers: int, dp_size: int, ahead: int) -> None:
+    """Of 12 micro-batches a step; each worker holds its share of them, and two at least."""
+    config = blend(folder, tmp_path, {"num_workers": num_workers}, global_batch_size=12, micro_batch_size=1)
+    iterator = build_train_loader(config, dp_rank=0, dp_size=dp_size, consumed_samples=0)
+    assert iterator._prefetch_factor == ahead  # type: ignore[attr-defined]
+
+
 def test_shapes_and_types_of_a_batch(folder: Path, tmp_path: Path) -> None:
     batch = take(blend(folder, tmp_path), 1)[0]
     assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_skywork import device
 from megatron_skywork.metrics import wording
 from megatron_skywork.metrics.throughput import PhaseTimer, formulas, peak_tflops, throughput
 
@@ -49,20 +50,48 @@ def test_no_peak_no_mfu_and_the_formula_says_so():
         throughput(tokens=10, seconds=0, flops_per_token=1, num_devices=1, peak=None)
 
 
-def test_phases_add_up_synchronize_and_survive_an_exception(monkeypatch: pytest.MonkeyPatch):
+def test_phases_add_up_and_survive_an_exception(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
-    waits = []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    timer = PhaseTimer(lambda: waits.append(now[0]))
+    timer = PhaseTimer()
     for seconds in (1.0, 2.0):
-        with timer.phase("data"):
+        with timer.phase("step"), timer.phase("data"):
             now[0] += seconds
     with pytest.raises(KeyError), timer.phase("optimizer"):
         now[0] += 4.0
         raise KeyError
-    assert timer.take() == {"data": 3.0, "optimizer": 4.0}
+    assert timer.take() == {"data": 3.0, "step": 3.0, "optimizer": 4.0}
     assert timer.take() == {}
-    assert waits == [0.0, 1.0, 1.0, 3.0, 3.0]
+
+
+def test_on_a_gpu_phases_are_those_of_the_device_and_nothing_waits_until_they_are_read(monkeypatch: pytest.MonkeyPatch):
+    """A device that works off a queue: an event's time is that at which the device gets to it."""
+    done, waits = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = done[0]
+
+        def synchronize(self) -> None:
+            waits.append(self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device.torch.cuda, "Event", Event)
+    timer = PhaseTimer()
+    with timer.phase("step"):
+        with timer.phase("data"):
+            done[0] += 0.5
+        with timer.phase("forward_backward"):
+            done[0] += 2.0
+    assert waits == []
+    assert timer.take() == {"data": 0.5, "forward_backward": 2.0, "step": 2.5}
+    assert waits
 
 
 def test_wording():

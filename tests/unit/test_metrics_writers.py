@@ -17,7 +17,7 @@ import torch
 from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.metrics import tensorboard
-from megatron_skywork.metrics.console import ConsoleWriter
+from megatron_skywork.metrics.console import ConsoleWriter, step_line
 from megatron_skywork.metrics.jsonl import JsonlWriter, strict
 from megatron_skywork.metrics.scalars import evaluation_scalars, scalars
 from megatron_skywork.metrics.wandb_follower import run_id
@@ -160,6 +160,11 @@ def test_console_lines():
     assert lines[2] == "step 12/200  loss 2.3450  grad 1.23  lr 3.0e-04  drop 1.2 %  1,234 tok/s  0.81 s  eta 3m 08s"
     assert lines[3:] == ["evaluation at step 12  valid 2.5000  code none", "save at step 12  seconds=2"]
     assert "\x1b" not in "".join(lines) and "\r" not in "".join(lines)
+
+
+def test_the_console_says_when_a_step_waits_for_data():
+    for share, shown in ((0.02, False), (0.124, True)):
+        assert ("0.81 s  waits 12 % for data" in step_line({**STEP, "data_wait_share": share}, 200)) is shown
 
 
 def test_an_evaluation_prints_means_over_the_layers_that_have_a_value():
