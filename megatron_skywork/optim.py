@@ -9,6 +9,7 @@ megatron-core expects: moments per parameter, the step per parameter group.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,7 @@ def build_optimizer(config: Config, chunks: list[DistributedDataParallel]) -> Me
         overlap_param_gather=config.parallel.overlap,
     )
     optimizer = get_megatron_optimizer(settings, chunks, use_gloo_process_groups=False)
+    _gather_parameters_once(optimizer)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             _number_mixed_groups(part)
@@ -186,6 +188,16 @@ def _refuse_nonfinite_norm(optimizer: MegatronOptimizer) -> None:
         return norm
 
     optimizer.get_grad_norm = checked
+
+
+def _gather_parameters_once(optimizer: MegatronOptimizer) -> None:
+    """Have the last of several optimizers gather the updated parameters, for all of them.
+
+    megatron-core has one optimizer for experts and one for the rest, and each gathers all parameters of the model after its own update: twice the bytes.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [])[:-1]:
+        # Read for this alone: overlapped gathering is what an optimizer leaves to others.
+        part.ddp_config = dataclasses.replace(part.ddp_config, overlap_param_gather=True)
 
 
 def _number_mixed_groups(optimizer: DistributedOptimizer) -> None:
