@@ -1,8 +1,8 @@
 """Bytes that this process really hands to torch.distributed, by kind of group and collective: what `plan/communication.py` is held against.
 
-Every collective of every backend, blocking or not, coalesced or not, goes through torch's dispatcher as an operator of the namespace `c10d`. A dispatch mode sees
-them all, backward included, whatever function of Python they came from; one it does not know is an error, so none is missed. Bytes are counted as a ring
-sends them, and for an all-to-all as they leave for other ranks: the convention of plan/communication.py.
+Every collective of every backend, blocking or not, coalesced or not, goes through torch's dispatcher as an operator of the namespace `c10d`. A dispatch
+mode sees them all, backward included, whatever function of Python they came from; one it does not know is an error, so none is missed. Bytes are counted
+as a ring sends them, and for an all-to-all as they leave for other ranks: the convention of plan/communication.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_skywork.moe.router import SkyworkRouter
 from megatron_skywork.plan.communication import Traffic, ring
 
-# megatron-core's names of its groups; point-to-point traffic goes through the pipeline's group or, so that two directions do not wait for each other, all ranks'.
+# megatron-core's names of its groups. What a pipeline sends goes by its operation: even ranks use all ranks' group for it.
 GROUPS = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "tp_cp",

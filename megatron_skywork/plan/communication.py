@@ -180,22 +180,17 @@ def _experts(config: Config, stage: int, micro_batches: int) -> Iterator[Traffic
     if not moe.pad_to_capacity:
         yield _exact("etp_ep", "all_gather", "tokens of every expert", forward * (ranks - 1) * experts * INT64)
     rows = _rows(config, tokens)
-    out, into = rows.out, rows.into_from_others
-    least_out = rows.balanced * (p.ep - 1) / p.ep
 
     def exchanged(out: float, into: float) -> float:
         # Rows leave by dispatch and by combine's way back; what came in leaves by combine and by dispatch's way back.
         return forward * (out * (row + FP32) + into * row) + backward * (out * row + into * (row + FP32))
 
-    yield Traffic("ep", "all_to_all", "tokens and probs", exchanged(least_out, least_out), exchanged(out, into))
-
-    def widened(rows: float) -> tuple[float, float]:
-        return (p.etp - 1) * rows * (forward * (row + FP32) + backward * row_fp32), (p.etp - 1) * rows * (forward * row_fp32 + backward * (row + FP32))
-
-    for operation, what, expected, most in zip(
-        ("all_gather", "reduce_scatter"), ("rows and probs; gradients of results", "results; gradients of rows"), widened(rows.balanced), widened(rows.into), strict=True
-    ):
-        yield Traffic("etp", operation, what, expected, most)
+    leaving = rows.balanced * (p.ep - 1) / p.ep
+    yield Traffic("ep", "all_to_all", "tokens and probs", exchanged(leaving, leaving), exchanged(rows.out, rows.into_from_others))
+    gathered, scattered = forward * (row + FP32) + backward * row_fp32, forward * row_fp32 + backward * (row + FP32)
+    received, most = (p.etp - 1) * rows.balanced, (p.etp - 1) * rows.into
+    yield Traffic("etp", "all_gather", "rows and probs; gradients of results", received * gathered, most * gathered)
+    yield Traffic("etp", "reduce_scatter", "results; gradients of rows", received * scattered, most * scattered)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def _group_record(group: Groups, gpus_per_node: int) -> dict[str, Any]:
 
 def _traffic_record(config: Config, world_size: int) -> dict[str, Any]:
     stage, sent = busiest_stage(config, world_size)
-    return {"stage": stage + 1, "expected_bytes": sum(t.expected for t in sent), "most_bytes": sum(t.most for t in sent), "by_collective": [asdict(t) for t in sent]}
+    expected, most = (sum(getattr(traffic, name) for traffic in sent) for name in ("expected", "most"))
+    return {"stage": stage + 1, "expected_bytes": expected, "most_bytes": most, "by_collective": [asdict(traffic) for traffic in sent]}
 
 
 def notes(config: Config, world_size: int) -> list[str]:
