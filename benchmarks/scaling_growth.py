@@ -62,7 +62,8 @@ def _real(world: int, folder: Path) -> dict[str, Any]:
     return {
         "ranks": world, "indices_cut": sum(answer["indices_cut"] for answer in answers), "save_seconds": max(answer["seconds"] for answer in answers),
         "save_calls": max(answer["calls"] for answer in answers), "first_rank_bytes": answers[0]["num_bytes"],
-        "other_rank_bytes": max(answer["num_bytes"] for answer in others), "num_files": answers[0]["num_files"], "checkpoint_bytes": answers[0]["checkpoint_bytes"],
+        "other_rank_bytes": max(answer["num_bytes"] for answer in others), "num_files": answers[0]["num_files"],
+        "checkpoint_bytes": answers[0]["checkpoint_bytes"],
     }  # fmt: skip
 
 

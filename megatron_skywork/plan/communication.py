@@ -214,7 +214,7 @@ def _rows(config: Config, tokens: int) -> _Rows:
     out, from_one = tokens * min(moe.topk, elsewhere), tokens * min(moe.topk, here)
     if capacity is None:
         return _Rows(routed, out, p.ep * from_one, (p.ep - 1) * from_one)
-    by_rank = moe.capacity_scope == "rank"
+    by_rank = moe.capacity_scope == "rank" or p.tp * p.cp == 1
     slots = moe.num_experts * capacity / (1 if by_rank else p.tp * p.cp)
     # The slots of an expert are there once for every rank, or once for every micro-batch that meets in the group.
     times = p.ep if by_rank else min(p.ep, -(-p.ep * p.etp // (p.tp * p.cp)) + (p.ep * p.etp % (p.tp * p.cp) > 0))
