@@ -27,7 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Libraries' advice to their own developers, once per rank, would bury the tables.
 warnings.simplefilter("ignore")
 
-from megatron_skywork import device  # noqa: E402
 from megatron_skywork.config.load import check_config  # noqa: E402
 from megatron_skywork.config.schema import Config  # noqa: E402
 from megatron_skywork.errors import ConfigError, UserError  # noqa: E402
@@ -35,13 +34,12 @@ from megatron_skywork.errors import ConfigError, UserError  # noqa: E402
 DEFAULT_LAYOUTS = ("1", "2", "4", "4:ep=2", "4:ep=4")
 
 
-def make_config(world_size: int, layout: dict[str, int], arguments: argparse.Namespace, run_dir: str) -> Config:
+def make_config(world_size: int, layout: dict[str, int], arguments: argparse.Namespace) -> Config:
     """The report's routing in a small transformer, its batch in proportion to the data-parallel ranks or fixed."""
     data_parallel = max(1, world_size // (layout.get("tp", 1) * layout.get("pp", 1)))
     batch = arguments.sequences * (data_parallel if arguments.scaling == "weak" else 1)
     config = Config.model_validate(
         {
-            "run_dir": run_dir,
             "model": {
                 "num_layers": 4, "hidden_size": arguments.hidden, "ffn_hidden_size": 2 * arguments.hidden,
                 "num_attention_heads": max(4, arguments.hidden // 64), "vocab_size": 1024, "max_position_embeddings": arguments.tokens, "backend": "torch",
@@ -69,17 +67,25 @@ def parse_layout(text: str) -> tuple[int, dict[str, int]]:
     return int(world), parsed
 
 
-def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def make_configs(arguments: argparse.Namespace) -> dict[str, tuple[int, Config]]:
+    """Ranks and settings of every layout.
+
+    Raises:
+        ConfigError: a layout cannot be read, or does not fit the model or its ranks.
+    """
+    layouts = {text: parse_layout(text) for text in arguments.layouts}
+    return {text: (world, make_config(world, layout, arguments)) for text, (world, layout) in layouts.items()}
+
+
+def measure(configs: dict[str, tuple[int, Config]], repetitions: int) -> list[dict[str, Any]]:
     """Every layout, one after the other."""
-    layouts = [parse_layout(text) for text in arguments.layouts]
-    configs = [make_config(world, layout, arguments, "unused") for world, layout in layouts]
     from scaling_ranks import on_ranks, steps
 
     found = []
-    for text, (world, _), config in zip(arguments.layouts, layouts, configs, strict=True):
+    for text, (world, config) in configs.items():
         with tempfile.TemporaryDirectory(prefix="scaling-") as folder:
-            print(f"{text}: {world} rank(s), {arguments.steps} steps", file=sys.stderr, flush=True)
-            answers = on_ranks(world, steps, config.model_copy(update={"run_dir": folder}), arguments.steps)
+            print(f"{text}: {world} rank(s), {repetitions} steps", file=sys.stderr, flush=True)
+            answers = on_ranks(world, steps, config.model_copy(update={"run_dir": folder}), repetitions)
         # A step is done when its last rank is.
         seconds = [max(of_ranks) for of_ranks in zip(*(answer["seconds"] for answer in answers), strict=True)]
         found.append({"layout": text, "ranks": world, "seconds": seconds, "sequences": config.train.global_batch_size, "by_collective": merged(answers)})
@@ -145,18 +151,21 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    if device.has_gpu():
-        print("error: this measures CPU ranks, and here is a GPU; hide it: CUDA_VISIBLE_DEVICES= python benchmarks/scaling.py", file=sys.stderr)
-        return 2
-    device.prepare()
     try:
+        configs = {} if arguments.growth else make_configs(arguments)
+        # These import torch and megatron-core; wrong words have been answered by now.
+        from megatron_skywork import device
+
+        if device.has_gpu():
+            raise ConfigError("this measures CPU ranks, and here is a GPU; hide it: CUDA_VISIBLE_DEVICES= python benchmarks/scaling.py")
+        device.prepare()
         if arguments.growth:
             from scaling_growth import growth, growth_tables
 
             found: Any = growth(arguments.worlds, arguments.real_worlds)
             lines = growth_tables(found)
         else:
-            found = measure(arguments)
+            found = measure(configs, arguments.steps)
             lines = table(found)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

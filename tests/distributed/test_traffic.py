@@ -13,6 +13,7 @@ from training_bodies import BASE, merged, release
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 # Every parameter is a multiple of 64 numbers, to which megatron-core pads it.
 SHAPE = {"model": {"hidden_size": 64, "ffn_hidden_size": 64, "num_attention_heads": 4}, "moe": {"capacity_factor": 1.0}}
+MIXED = {"layers": [0, 1, 3], "shared_expert_ffn_hidden_size": 64}
 BF16 = {"train": {"precision": "bf16"}}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "dp": (2, {}),
@@ -20,7 +21,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "padded": (4, {"parallel": {"ep": 4, "recompute": "full"}, "moe": {"capacity_factor": 1.0, "pad_to_capacity": True}}),
     "tp-ep": (4, {"parallel": {"tp": 2, "ep": 2}, **BF16}),
     "tp-etp-ep": (4, {"parallel": {"tp": 2, "etp": 2, "ep": 2}, **BF16}),
-    "pp-ep-tied": (4, {"parallel": {"pp": 2, "ep": 2}, "model": {"tie_embeddings": True}, "moe": {"layers": [0, 1, 3], "shared_expert_ffn_hidden_size": 64}, **BF16}),
+    "pp-ep-tied": (4, {"parallel": {"pp": 2, "ep": 2}, "model": {"tie_embeddings": True}, "moe": MIXED, **BF16}),
     "vpp-tp": (4, {"parallel": {"pp": 2, "vpp": 2, "tp": 2}, "moe": {"aux_scope": "sequence"}}),
     "allgather": (4, {"parallel": {"tp": 2, "ep": 2, "recompute": "selective", "recompute_modules": ["moe"]}, "moe": {"dispatcher": "allgather"}, **BF16}),
 }  # fmt: skip

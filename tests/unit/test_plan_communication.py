@@ -42,7 +42,7 @@ def test_one_rank_sends_nothing():
 def test_data_parallel_ranks_send_gradients_in_fp32_and_parameters_in_half_precision():
     experts = 4 * 8 * 24576
     padded = 512 * 161  # DENSE = 82496 numbers: 161.125 times 512, and the buffer is padded to 128 numbers a rank
-    assert DENSE == padded + 64
+    assert padded + 64 == DENSE
     sent = traffic(4)
     assert sent["dp_cp", "reduce_scatter"] == both(3 / 4 * 4 * (padded + 128 + ROUTERS))
     assert sent["dp_cp", "all_gather"] == both(3 / 4 * (2 * (padded + 128) + 4 * ROUTERS))
