@@ -3,7 +3,7 @@
 megatron-core's `fully_reshardable` format gathers master weights and moments into flat buffers of the whole group before it cuts them into the shapes of the
 weights: buffers for the result, for this rank's part, for what is received and for its concatenation, about 30 bytes a parameter where 12 are saved. For a
 model whose optimizer just fits, the first save is then what runs out of memory. Here a group of one rank hands out the state itself, and a
-larger one gathers a buffer at a time.
+larger one gathers a piece at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
+# Numbers the first rank receives at once, in fp32: all that gathering needs beside the result.
+GATHERED_AT_ONCE = 2**25
 
 
 def save_without_copies(optimizer: MegatronOptimizer) -> None:
@@ -80,18 +82,25 @@ def whole_state(
 
 
 def _gather(optimizer: DistributedOptimizer, buffer: Any, buckets: list[Any], key: str, group: Any, target: Tensor | None) -> None:
-    """Collect one kind of state of a buffer into `target`, on the ranks that have one; padding between buckets is left out."""
-    offset = 0
+    """Collect one kind of state of a buffer into `target`, which the first rank has; padding between buckets is left out.
+
+    Every rank sends its own part and no more, in as many rounds as the buffer is long, however many ranks share it.
+    """
+    first, ranks, offset = torch.distributed.get_global_rank(group, 0), group.size(), 0
     for bucket, ranges in zip(buffer.buckets, buckets, strict=True):
-        part_numel = bucket.grad_data.numel() // group.size()
+        part_numel = bucket.grad_data.numel() // ranks
         own = torch.zeros(part_numel, device=bucket.grad_data.device)
         for param, where in ranges["param_map"].items():
             local = where["gbuf_local"]
             own[local.start : local.end].copy_(optimizer._get_main_param_and_optimizer_states(param)[key].detach())
-        for sender in range(group.size()):
-            part = own if sender == group.rank() else torch.empty_like(own)
-            torch.distributed.broadcast(part, torch.distributed.get_global_rank(group, sender), group=group)
-            start, end = sender * part_numel, min((sender + 1) * part_numel, bucket.numel_unpadded)
-            if target is not None and end > start:
-                target[offset + start : offset + end].copy_(part[: end - start])
+        step = max(1, GATHERED_AT_ONCE // ranks)
+        for begin in range(0, part_numel, step):
+            piece = own[begin : begin + step]
+            received = None if target is None else [torch.empty_like(piece) for _ in range(ranks)]
+            torch.distributed.gather(piece, received, dst=first, group=group)
+            for sender, part in enumerate(received or []):
+                start = sender * part_numel + begin
+                end = min(start + part.numel(), bucket.numel_unpadded)
+                if target is not None and end > start:
+                    target[offset + start : offset + end].copy_(part[: end - start])
         offset += bucket.numel_unpadded

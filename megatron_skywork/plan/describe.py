@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from megatron_skywork.config.load import dump_config
 from megatron_skywork.config.schema import Config
+from megatron_skywork.plan.communication import busiest_stage
 from megatron_skywork.plan.flops import formula_text, forward_flops_per_token, report_flops_per_token, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters, stage_parameters
 from megatron_skywork.plan.stages import batch, recomputed_layers, stage_chunks
@@ -18,6 +20,11 @@ def billions(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name}"
     return str(count)
+
+
+def _sized(num_bytes: float) -> str:
+    """263000000000 as `263.0 GB`."""
+    return billions(round(num_bytes)).replace(" B", " G") + "B" if num_bytes >= 1000 else f"{num_bytes:.0f} bytes"
 
 
 def describe(config: Config, world_size: int) -> dict[str, Any]:
@@ -43,6 +50,7 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
         "batch": {"tokens_per_step": cut.tokens_per_step, "sequences_per_step": config.train.global_batch_size, "micro_batches": cut.micro_batches,
                   "micro_batch_size": config.train.micro_batch_size, "steps": config.train.steps, "total_tokens": cut.tokens_per_step * config.train.steps},
         "groups": [_group_record(group, p.gpus_per_node) for group in groups.values()],
+        "traffic": _traffic_record(config, world_size),
         "same_groups": [list(pair) for pair in coincidences(groups)],
         "notes": notes(config, world_size),
     }
@@ -51,6 +59,12 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
 def _group_record(group: Groups, gpus_per_node: int) -> dict[str, Any]:
     return {"name": group.name, "count": len(group.ranks), "size": group.size, "first": group.ranks[0], "crossing_nodes": group.crossing(gpus_per_node),
             "nodes_of_first": len({rank // gpus_per_node for rank in group.ranks[0]})}
+
+
+def _traffic_record(config: Config, world_size: int) -> dict[str, Any]:
+    stage, sent = busiest_stage(config, world_size)
+    expected, most = (sum(getattr(traffic, name) for traffic in sent) for name in ("expected", "most"))
+    return {"stage": stage + 1, "expected_bytes": expected, "most_bytes": most, "by_collective": [asdict(traffic) for traffic in sent]}
 
 
 def notes(config: Config, world_size: int) -> list[str]:
@@ -79,6 +93,7 @@ def plan_text(config: Config, world_size: int) -> str:
         ("Layout", _layout_lines(plan, config)),
         ("Pipeline stages", [_stage_line(stage, config) for stage in plan["stages"]]),
         ("Process groups", _group_lines(plan, config)),
+        ("Bytes sent by a rank in a step", _traffic_lines(plan["traffic"], plan["layout"])),
         ("Batch", _batch_lines(plan["batch"], plan["layout"]["dp"])),
         ("Notes", plan["notes"]),
     ]
@@ -152,6 +167,18 @@ def _group_lines(plan: dict[str, Any], config: Config) -> list[str]:
     if alone:
         lines.append(f"of one rank each, so nothing is exchanged: {', '.join(alone)}")
     return lines + [f"the {NAMES[second]} groups are the {NAMES[first]} groups" for first, second in plan["same_groups"]]
+
+
+def _traffic_lines(traffic: dict[str, Any], layout: dict[str, Any]) -> list[str]:
+    kinds = traffic["by_collective"]
+    if not kinds:
+        return []
+    where = f"; stage {traffic['stage']} of {layout['pp']} sends most" if layout["pp"] > 1 else ""
+    lines = [f"{_sized(traffic['expected_bytes'])}, as rings send them, without single numbers{where}"]
+    for kind in kinds:
+        most = f"  (balanced; at most {_sized(kind['most'])})" if kind["most"] > kind["expected"] else ""
+        lines.append(f"{kind['group']:<9} {kind['operation']:<14} {_sized(kind['expected']):>10}  {kind['what']}{most}")
+    return lines + ["context parallelism's exchange of keys and values is not counted"] * (layout["cp"] > 1)
 
 
 def _batch_lines(batch_plan: dict[str, Any], data_parallel: int) -> list[str]:

@@ -79,28 +79,64 @@ def count_parameters(config: Config) -> ParameterCount:
     return ParameterCount(total, sum(active.values()), total + padding, components, active)
 
 
-def stage_parameters(config: Config) -> list[int]:
-    """Parameters one rank of each pipeline stage holds, vocabulary padded; all ranks of a stage hold the same number.
+@dataclass(frozen=True)
+class HeldParameters:
+    """What one rank holds of one chunk of the model, vocabulary padded.
+
+    Args:
+        dense: everything but routers and routed experts: embedding, attention, norms, dense feed-forward, shared experts, output layer.
+        routers: gates, which stay in fp32 whatever the precision.
+        experts: routed experts.
+        shared_embedding: of `dense`, the copy of an embedding that the first and the last stage both hold.
+        whole: of `dense` and `routers`, what every tensor-parallel rank holds in full: norms, routers and the shared expert's gate.
+    """
+
+    dense: int
+    routers: int
+    experts: int
+    shared_embedding: int
+    whole: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.routers + self.experts
+
+
+def held_parameters(config: Config) -> list[list[HeldParameters]]:
+    """For each pipeline stage, what one of its ranks holds of each of its chunks; all ranks of a stage hold the same numbers.
 
     Matrices are split over tp (experts over ep and etp), norms, routers and the shared expert's gate are whole on every rank. A query, key and value
     bias is split with its matrix. With tied embeddings and several stages the last one holds a copy.
     """
-    m, p, moe = config.model, config.parallel, config.moe
-    hidden, moe_layers = m.hidden_size, set(config.moe_layers)
-    embedding = m.padded_vocab_size * hidden // p.tp
-    head_norms = 2 * m.resolved_head_dim * m.qk_norm
-    attention = (attention_parameters(config) - head_norms) // p.tp + head_norms
-    dense = 3 * hidden * m.ffn_hidden_size // p.tp
-    sparse = 0
-    if moe is not None:
-        sparse = moe.num_experts * hidden + moe.num_experts // p.ep * 3 * hidden * expert_width(config) // p.etp
-        sparse += 3 * hidden * (moe.shared_expert_ffn_hidden_size or 0) // p.tp + hidden * moe.shared_expert_gate
-    counts = []
+    p, m = config.parallel, config.model
+    embedding = m.padded_vocab_size * m.hidden_size // p.tp
+    held = []
     for stage, chunks in enumerate(stage_chunks(config)):
-        first, last = stage == 0, stage == p.pp - 1
-        layers = [layer for chunk in chunks for layer in chunk]
-        count = sum(attention + 2 * hidden + (sparse if layer in moe_layers else dense) for layer in layers)
-        count += embedding * first + hidden * last
-        count += embedding * (last and (not m.tie_embeddings or not first))
-        counts.append(count)
-    return counts
+        of_stage = []
+        for number, layers in enumerate(chunks):
+            first, last = stage == number == 0, stage == p.pp - 1 and number == p.vpp - 1
+            copies = first + (last and (not m.tie_embeddings or not first))
+            shared = embedding * (first or last) * (m.tie_embeddings and p.pp > 1)
+            of_stage.append(_held_by_chunk(config, layers, embedding * copies, shared, m.hidden_size * last))
+        held.append(of_stage)
+    return held
+
+
+def _held_by_chunk(config: Config, layers: list[int], embeddings: int, shared_embedding: int, final_norm: int) -> HeldParameters:
+    m, p, moe = config.model, config.parallel, config.moe
+    hidden, sparse = m.hidden_size, len(set(layers) & set(config.moe_layers))
+    head_norms = 2 * m.resolved_head_dim * m.qk_norm
+    whole = len(layers) * (2 * hidden + head_norms) + final_norm
+    split = len(layers) * (attention_parameters(config) - head_norms) + (len(layers) - sparse) * 3 * hidden * m.ffn_hidden_size
+    routers = experts = 0
+    if moe is not None:
+        routers = sparse * moe.num_experts * hidden
+        experts = sparse * (moe.num_experts // p.ep) * (3 * hidden * expert_width(config) // p.etp)
+        split += sparse * 3 * hidden * (moe.shared_expert_ffn_hidden_size or 0)
+        whole += sparse * hidden * moe.shared_expert_gate
+    return HeldParameters(split // p.tp + whole + embeddings, routers, experts, shared_embedding, whole + routers)
+
+
+def stage_parameters(config: Config) -> list[int]:
+    """Parameters one rank of each pipeline stage holds, vocabulary padded."""
+    return [sum(chunk.total for chunk in chunks) for chunks in held_parameters(config)]
