@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation bench-upcycle test lint unit test-312 clean
+.PHONY: help env demo ablation bench-upcycle bench-train test lint unit test-312 clean
 
 PYTHON ?= python3
 PYTHON312 ?=
@@ -26,6 +26,9 @@ ablation: .venv/installed  ## the routing ablation, an hour on two cores: gate n
 
 bench-upcycle: .venv/installed  ## upcycling against plain writing on the same disk, and its memory, half an hour and 55 GB free: FOLDER=DIR, MERGEKIT=PATH of mergekit-moe
 	@$(BIN)/python benchmarks/upcycle.py --memory-layers 2,4,8 $(if $(FOLDER),--folder '$(FOLDER)') $(if $(MERGEKIT),--mergekit '$(MERGEKIT)')
+
+bench-train: .venv/installed  ## a training step against plain megatron-core and transformers, minutes: TRAIN='--precision fp32' (benchmarks/train_step.py --help)
+	@$(BIN)/python benchmarks/train_step.py $(TRAIN)
 
 test: .venv/installed lint unit test-312  ## everything CI runs: ruff, mypy, all tests, and tests/distributed on Python 3.12
 	@echo "== closing lines"
