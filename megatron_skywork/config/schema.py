@@ -274,6 +274,8 @@ class Train(Section):
     global_batch_size: Positive = Field(description="Sequences per optimizer step, over all ranks.")
     micro_batch_size: Positive = Field(1, description="Sequences per forward pass on one rank.")
     precision: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="Compute precision; master weights and gradient reduction are fp32.")
+    keep_logits: bool = Field(
+        True, description="In bf16 and fp16, keep logits for backward: 2 bytes per token and vocabulary entry of a rank; off, and always in fp32, they are computed again.")
     seed: NonNegative = Field(1234, le=2**31 - 1, description="Seed of weights, dropout and data order.")
     max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run stops.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")

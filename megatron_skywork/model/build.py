@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_skywork import device
 from megatron_skywork.config.schema import Config
+from megatron_skywork.model.gpt_model import SkyworkGPTModel
 from megatron_skywork.model.layer_spec import block_spec
 from megatron_skywork.model.transformer_config import choose_backend, recomputing_first, transformer_config
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
@@ -51,9 +52,9 @@ def _chunk(config: Config, transformer: SkyworkTransformerConfig, backend: str, 
     is_first = pp_rank == 0 and vp_stage in (None, 0)
     is_last = pp_rank == pp_size - 1 and vp_stage in (None, config.parallel.vpp - 1)
     with warnings.catch_warnings():
-        # megatron-core 0.19 announces a successor of GPTModel; this file is the only one that would change.
+        # megatron-core 0.19 announces a successor of GPTModel; this file and gpt_model.py are the only ones that would change.
         warnings.simplefilter("ignore", DeprecationWarning)
-        chunk = GPTModel(
+        chunk = SkyworkGPTModel(
             transformer,
             block_spec(transformer, backend, config.moe_layers, vp_stage, pp_rank),
             vocab_size=config.model.padded_vocab_size,
@@ -66,6 +67,7 @@ def _chunk(config: Config, transformer: SkyworkTransformerConfig, backend: str, 
             rope_scaling=config.model.rope_scaling_factor is not None,
             rope_scaling_factor=config.model.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
+            keep_logits=config.train.keep_logits,
         )
     _mark_experts(chunk)
     return chunk.to(device.current())

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan.parameters import HeldParameters, held_parameters
-from megatron_skywork.plan.stages import batch, stage_chunks
+from megatron_skywork.plan.stages import batch, recomputed_layers, stage_chunks
 
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FP32, INT64, FLOAT64, BOOL = 4, 8, 8, 1
@@ -104,11 +104,9 @@ def _tokens(config: Config) -> int:
 def forwards(config: Config, stage: int, modules: set[str]) -> list[tuple[int, int]]:
     """The stage's layers and how often the forward of the part of a layer that recomputation knows by one of the names `modules` runs in a step."""
     p, runs = config.parallel, []
-    for layers in stage_chunks(config)[stage]:
-        for number, layer in enumerate(layers):
-            whole = p.recompute == "full" and (p.recompute_layers is None or number < p.recompute_layers)
-            part = p.recompute == "selective" and bool(modules & set(p.recompute_modules))
-            runs.append((layer, 1 + (whole or part)))
+    part = p.recompute == "selective" and bool(modules & set(p.recompute_modules))
+    for layers, recomputed in zip(stage_chunks(config)[stage], recomputed_layers(config)[stage :: p.pp], strict=True):
+        runs += [(layer, 1 + (part or number < recomputed)) for number, layer in enumerate(layers)]
     return runs
 
 
