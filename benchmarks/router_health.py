@@ -45,7 +45,7 @@ from megatron_skywork.moe.drop_stats import count_dropped, routed_per_expert  # 
 from megatron_skywork.moe.router import SkyworkRouter  # noqa: E402
 from megatron_skywork.moe.router_health import gate_entropy, gate_ratios, summarize_load  # noqa: E402
 from megatron_skywork.moe.router_state import find_routers, gather_router_metrics, observe, update_coefficients  # noqa: E402
-from megatron_skywork.optim import build_optimizer  # noqa: E402
+from megatron_skywork.optim.build import build_optimizer  # noqa: E402
 from megatron_skywork.train.step import TrainStep  # noqa: E402
 
 

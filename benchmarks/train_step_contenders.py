@@ -135,7 +135,7 @@ class Skywork(_OnMegatronCore):
         self._start()
         from megatron_skywork.metrics.throughput import PhaseTimer
         from megatron_skywork.model.build import build_chunks, wrap_for_training
-        from megatron_skywork.optim import build_optimizer
+        from megatron_skywork.optim.build import build_optimizer
         from megatron_skywork.train.step import TrainStep
 
         self._config = make_config(work, features=features, backend=backend)

@@ -45,8 +45,8 @@ from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
 from megatron_skywork.moe.aux_loss import MEANS_NAME
-from megatron_skywork.optim import apply_settings
-from megatron_skywork.optim_state import save_without_copies
+from megatron_skywork.optim.build import apply_settings
+from megatron_skywork.optim.state import save_without_copies
 
 # `non_homogeneous_layers`: one key per layer, so that a layer's key does not depend on how layers are spread over stages.
 LAYOUT_FREE = {"non_homogeneous_layers": True, "singleton_local_shards": False}

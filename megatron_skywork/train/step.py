@@ -32,8 +32,8 @@ from megatron_skywork.moe.router_state import (
     schedule_coefficients,
     update_coefficients,
 )
-from megatron_skywork.optim import learning_rate, set_rates
-from megatron_skywork.optim_step import OptimizerStep
+from megatron_skywork.optim.build import learning_rate, set_rates
+from megatron_skywork.optim.step import OptimizerStep
 
 Batch = dict[str, Tensor]
 

@@ -22,7 +22,7 @@ from megatron_skywork.metrics.throughput import PhaseTimer, formulas, peak_tflop
 from megatron_skywork.metrics.writers import open_writers
 from megatron_skywork.model.build import build_chunks, parameters_gathered, wrap_for_training
 from megatron_skywork.moe.router_state import gather_router_metrics
-from megatron_skywork.optim import build_optimizer
+from megatron_skywork.optim.build import build_optimizer
 from megatron_skywork.plan.flops import formula_text, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters
 from megatron_skywork.train.evaluate import evaluate

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_skywork import adamw
-from megatron_skywork.adamw import FusedAdamW
 from megatron_skywork.config.schema import LARGEST_BETA_BF16, Optim
+from megatron_skywork.optim import adamw
+from megatron_skywork.optim.adamw import FusedAdamW
 
 SHAPES = [(5, 3), (11,), (2, 2), (1,)]
 

@@ -1,6 +1,6 @@
 """megatron-core's distributed optimizer over our AdamW (`adamw.py`), its settings, and the learning-rate schedule.
 
-What a step does stands in `optim_step.py`.
+What a step does stands in `step.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_skywork.adamw import FusedAdamW
 from megatron_skywork.config.schema import Config, Optim
 from megatron_skywork.model.transformer_config import DTYPES
-from megatron_skywork.optim_step import gradients_of
+from megatron_skywork.optim.adamw import FusedAdamW
+from megatron_skywork.optim.step import gradients_of
 
 
 def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
