@@ -7,7 +7,8 @@ A byte-level BPE (GPT-2, Llama 3, Qwen2, SmolLM2) first cuts a text into pieces 
 Cutting and merging are most of the cost, and the tokenizer repeats both for every occurrence of a word. Here the cut is made by Python's `re`, and every
 piece is given to the tokenizer once. The ids are the tokenizer's own, exactly, for these reasons:
 
-* Only the expressions listed below are known; any other tokenizer, and any text that is not certain (`Pieces.fits`), is left to the tokenizer.
+* Only the expressions listed below are known; any other tokenizer, and any text that is not certain (`Pieces.fits`), is left to the tokenizer,
+  and so is a text of new pieces, for speed alone: Chinese repeats few, as its pieces are whole clauses.
 * Which characters are letters, numbers and spaces is asked of the tokenizers package itself, whose Unicode tables differ from Python's.
 * A piece alone is cut into itself. Its alternative of the expression matches it as before, and none listed earlier does: that one would have matched
   in the text too, as only the alternative of spaces looks ahead, and it and the one after it both match spaces to their end.
@@ -27,6 +28,10 @@ import numpy as np
 # A piece of many characters is a table row or a run of Chinese, seldom seen twice. The memory is emptied when it is full: what is frequent comes back at once.
 _REMEMBERED_PIECES = 1 << 18
 _REMEMBERED_CHARACTERS = 48
+# A new piece costs about four times its share of one call for the whole text. Where more of a text's first pieces are new, only every eighth is learned.
+_SAMPLED_PIECES = 256
+_MOST_NEW = 0.25
+_LEARNED_EVERY = 8
 
 _CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
 _GPT2 = _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -50,6 +55,7 @@ class Pieces:
         self._cut, self._ids_of = pattern.findall, _Memory(encode)
         self._read_tokens, self._composes = tuple(read_tokens), composes
         self._find_uncertain = _uncertain_characters().search
+        self._num_new_texts = 0
 
     def fits(self, text: str) -> bool:
         """Whether the ids of this text can be had by pieces."""
@@ -57,9 +63,17 @@ class Pieces:
             return False
         return not any(token in text for token in self._read_tokens)
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids int32 of a text that fits."""
-        return np.frombuffer(b"".join(map(self._ids_of.__getitem__, self._cut(text))), dtype=np.int32)
+    def encode(self, text: str) -> np.ndarray | None:
+        """Ids int32 of a text; None where the tokenizer must, or had better, see it whole."""
+        if not self.fits(text):
+            return None
+        cut = self._cut(text)
+        sample = cut[:_SAMPLED_PIECES]
+        if sum(piece not in self._ids_of for piece in sample) > _MOST_NEW * len(sample):
+            self._num_new_texts += 1
+            if self._num_new_texts % _LEARNED_EVERY:
+                return None
+        return np.frombuffer(b"".join(map(self._ids_of.__getitem__, cut)), dtype=np.int32)
 
 
 class _Memory(dict[str, bytes]):

@@ -98,12 +98,11 @@ class HuggingFaceTokenizer(Tokenizer):
         return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        pieces = self._pieces
-        if pieces is None:
+        if self._pieces is None:
             return self._encode_whole(texts)
-        by_pieces = [pieces.fits(text) for text in texts]
-        whole = iter(self._encode_whole([text for text, fits in zip(texts, by_pieces, strict=True) if not fits]))
-        return [pieces.encode(text) if fits else next(whole) for text, fits in zip(texts, by_pieces, strict=True)]
+        by_pieces = [self._pieces.encode(text) for text in texts]
+        whole = iter(self._encode_whole([text for text, ids in zip(texts, by_pieces, strict=True) if ids is None]))
+        return [next(whole) if ids is None else ids for ids in by_pieces]
 
     def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -20,6 +20,12 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
+@pytest.fixture(autouse=True)
+def every_text_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the package would see most of these strange texts whole, and be compared with itself."""
+    monkeypatch.setattr(pieces, "_LEARNED_EVERY", 1)
+
+
 def split(expression: str, **options: Any) -> pre_tokenizers.PreTokenizer:
     settings = {"behavior": "isolated", **options}
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), **settings), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -111,6 +117,16 @@ def test_a_file_older_than_use_regex_is_known(tmp_path: Path) -> None:
     ours = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
     assert ours._pieces is not None
     assert_equal(ours, tmp_path, sentences(20))
+
+
+def test_a_text_of_new_pieces_is_seldom_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_LEARNED_EVERY", 3)
+    ours = tokenizer(tmp_path, BYTE_LEVEL)
+    texts = [" ".join(chr(0x4E00 + 20 * number + word) for word in range(20)) for number in range(9)]
+    assert ours._pieces is not None
+    assert [ours._pieces.encode(text) is not None for text in texts] == [False, False, True] * 3
+    assert ours._pieces.encode(texts[2]) is not None, "its pieces are known by now"
+    assert_equal(ours, tmp_path, [*texts, *texts])
 
 
 def test_the_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
