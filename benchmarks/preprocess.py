@@ -35,6 +35,7 @@ from megatron_skywork.errors import ConfigError, UserError  # noqa: E402
 
 OURS, THEIRS = "ours", "megatron-lm"
 THEIR_SUFFIX = "_text_document"
+END = "<|endoftext|>"  # in no text: Megatron-LM reads a control token out of a text, ours reads its characters
 
 
 def say(line: str) -> None:
@@ -50,6 +51,8 @@ def write_documents(path: Path, megabytes: float) -> int:
         while written < megabytes * 1e6:
             for source in sources:
                 text = source.read_text(encoding="utf-8", errors="replace")
+                if not text:  # an empty document: Megatron-LM keeps a place for it in the index, ours leaves it out
+                    continue
                 stream.write(json.dumps({"text": text}) + "\n")
                 written += len(text.encode("utf-8"))
                 if written >= megabytes * 1e6:
@@ -79,10 +82,10 @@ def train_tokenizer(documents: Path, folder: Path) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=8192, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=8192, special_tokens=[END], initial_alphabet=alphabet, show_progress=False))
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder
 
 
