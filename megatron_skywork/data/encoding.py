@@ -1,12 +1,11 @@
 """What one preprocessing worker does: a block of lines in, token ids out.
 
-Kept apart from `preprocess` so that a worker process imports the tokenizer and numpy, and not torch with megatron-core: it starts in a moment and is small.
+Kept apart from `preprocess` so that a worker process imports the tokenizer and numpy and little else: it starts in a moment and is small.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import multiprocessing
 import os
 import signal
@@ -80,23 +79,23 @@ def encode_block(block: Block, tokenizer: Tokenizer, options: EncodingOptions) -
             blank += 1
         else:
             texts.append(text)
-    parts: dict[bool, list[list[int]]] = {False: [], True: []}
+    parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
     empty = 0
-    begin = [] if options.bos_id is None else [options.bos_id]
-    end = [] if options.eod_id is None else [options.eod_id]
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        if not ids:
+        if not len(ids):
             empty += 1
             continue
-        parts[is_held_out(text, options.holdout, options.seed)].append([*begin, *ids, *end])
+        parts[is_held_out(text, options.holdout, options.seed)].append(ids)
     damage = None if block.damage is None else (block.first_line + len(block.lines), block.damage)
-    return Encoded(block.path, *_pack(parts[False]), *_pack(parts[True]), empty=empty, blank=blank, num_lines=len(block.lines),
+    return Encoded(block.path, *_pack(parts[False], options), *_pack(parts[True], options), empty=empty, blank=blank, num_lines=len(block.lines),
                    bad=bad, damage=damage)
 
 
-def _pack(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.fromiter(itertools.chain.from_iterable(documents), dtype=np.int32)
-    return tokens, np.array([len(document) for document in documents], dtype=np.int64)
+def _pack(documents: list[np.ndarray], options: EncodingOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Documents behind one another, each between the ids that begin and end it, and their lengths."""
+    begin, end = (np.array([] if token is None else [token], dtype=np.int32) for token in (options.bos_id, options.eod_id))
+    tokens = np.concatenate([np.array([], dtype=np.int32), *(part for ids in documents for part in (begin, ids, end))])
+    return tokens, np.array([len(begin) + len(ids) + len(end) for ids in documents], dtype=np.int64)
 
 
 _worker: tuple[Tokenizer, EncodingOptions] | None = None

@@ -5,6 +5,8 @@ tell which tokenizer made them or that half of the .bin was never copied, and a 
 these facts and is written last: a dataset without it is not finished. `check_dataset` compares it with the files and with the model.
 
 Layout of an .idx with N sequences and D documents: 34 bytes of header, N int32 lengths, N int64 offsets, (D + 1) int64 document ends.
+It is written here and not by megatron-core's builder, whose import brings torch: seconds of processor time for a command that needs neither.
+A test compares the bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import warnings
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,11 @@ from megatron_skywork.convert.files.marker import fsync
 from megatron_skywork.errors import DataError
 
 SIDE_FORMAT = 1
-_IDX_HEADER_BYTES = 34
+# Magic, version 1, code of the dtype, number of sequences, number of entries of the document index.
+_IDX_HEADER = struct.Struct("<9sQBQQ")
+_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPE_CODES = {"uint16": 8, "int32": 4}
+_LARGEST_UINT16_VOCABULARY = 65499
 _HASH_BYTES = 1 << 20
 
 
@@ -76,15 +82,11 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str, vocab_size: int):
-        with warnings.catch_warnings():
-            # megatron-core warns that its optimizers lack Transformer Engine, which is no concern of a file writer.
-            warnings.simplefilter("ignore", UserWarning)
-            from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
         self.prefix = prefix
         self._final, self._partial = paths_of(prefix), paths_of(f"{prefix}.partial")
-        self._dtype = DType.optimal_dtype(vocab_size)
-        self._builder = IndexedDatasetBuilder(str(self._partial["bin"]), dtype=self._dtype)
+        self._dtype = np.dtype(np.uint16 if vocab_size <= _LARGEST_UINT16_VOCABULARY else np.int32)
+        self._bin = open(self._partial["bin"], "wb")  # noqa: SIM115 - `finish` or `discard` closes it
+        self._lengths: list[np.ndarray] = []
         self._hash = hashlib.sha256()
         self.num_documents = self.num_tokens = 0
         self.largest_token_id = -1
@@ -93,15 +95,13 @@ class IndexedWriter:
         """Append documents: `tokens` [sum of lengths] int32, one length >= 1 per document."""
         if not len(lengths):
             return
-        stored = tokens.astype(self._dtype)
-        self._hash.update(stored.tobytes())
+        stored = tokens.astype(self._dtype).tobytes()
+        self._hash.update(stored)
+        self._bin.write(stored)
+        self._lengths.append(lengths.astype(np.int32))
         self.largest_token_id = max(self.largest_token_id, int(tokens.max()))
-        begin = 0
-        for length in lengths.tolist():
-            self._builder.add_document(stored[begin : begin + length], [length])
-            begin += length
         self.num_documents += len(lengths)
-        self.num_tokens += begin
+        self.num_tokens += len(tokens)
 
     def finish(self, tokenizer: dict[str, Any], sources: list[dict[str, Any]], options: dict[str, Any], counts: dict[str, int]) -> SideFile:
         """Complete all three temporary files and flush them to disk.
@@ -109,16 +109,26 @@ class IndexedWriter:
         Args:
             tokenizer: the fields tokenizer_name, tokenizer_fingerprint, vocab_size, eod_id of the side file.
         """
-        self._builder.finalize(str(self._partial["idx"]))
+        self._bin.close()
+        self._partial["idx"].write_bytes(self._index())
         side = SideFile(
             bin_bytes=self._partial["bin"].stat().st_size, idx_bytes=self._partial["idx"].stat().st_size,
-            bin_sha256=self._hash.hexdigest(), idx_sha256=_sha256(self._partial["idx"]), dtype=np.dtype(self._dtype).name,
+            bin_sha256=self._hash.hexdigest(), idx_sha256=_sha256(self._partial["idx"]), dtype=self._dtype.name,
             num_documents=self.num_documents, num_sequences=self.num_documents, num_tokens=self.num_tokens, largest_token_id=self.largest_token_id,
             sources=sources, options=options, counts=counts, **tokenizer)
         self._partial["json"].write_text(json.dumps(dataclasses.asdict(side), indent=1) + "\n", encoding="utf-8")
         for path in self._partial.values():
             fsync(path)
         return side
+
+    def _index(self) -> bytes:
+        """Content of the .idx: a sequence is a document, so document n ends before sequence n + 1."""
+        lengths = np.concatenate([np.array([], dtype=np.int32), *self._lengths])
+        num_bytes = lengths.astype(np.int64) * self._dtype.itemsize
+        offsets = np.cumsum(num_bytes) - num_bytes
+        document_ends: np.ndarray = np.arange(len(lengths) + 1, dtype=np.int64)
+        header = _IDX_HEADER.pack(_IDX_MAGIC, 1, _DTYPE_CODES[self._dtype.name], len(lengths), len(lengths) + 1)
+        return b"".join((header, lengths.tobytes(), offsets.tobytes(), document_ends.tobytes()))
 
     def unpublish(self) -> None:
         """Remove the side file of an earlier dataset, so that a half-replaced one is never taken for finished."""
@@ -132,7 +142,7 @@ class IndexedWriter:
 
     def discard(self) -> None:
         """Remove what is left of the temporary files."""
-        self._builder.data_file.close()
+        self._bin.close()
         for path in self._partial.values():
             path.unlink(missing_ok=True)
 
@@ -177,7 +187,7 @@ def check_dataset(prefix: str, vocab_size: int, tokenizer_fingerprint: str | Non
         found = paths[kind].stat().st_size
         if found != size:
             raise DataError(f"{paths[kind]}: {found} bytes, {paths['json']} says {size}; the file was cut off or replaced: copy or write the dataset again")
-    described = {"bin": side.num_tokens * np.dtype(side.dtype).itemsize, "idx": _IDX_HEADER_BYTES + 12 * side.num_sequences + 8 * (side.num_documents + 1)}
+    described = {"bin": side.num_tokens * np.dtype(side.dtype).itemsize, "idx": _IDX_HEADER.size + 12 * side.num_sequences + 8 * (side.num_documents + 1)}
     for kind, size in described.items():
         if expected[kind] != size:
             raise DataError(f"{paths['json']}: {kind}_bytes={expected[kind]}, but {side.num_documents} documents of {side.num_tokens} tokens take {size}; "

@@ -257,7 +257,7 @@ def _encode_here(blocks: Iterable[Block], tokenizer: Tokenizer, encoding: Encodi
 
 def _encode_on_workers(blocks: Iterator[Block], encoding: EncodingOptions, workers: int) -> Generator[Encoded, None, None]:
     """Blocks encoded by `workers` processes, in the order they came, with a bounded number under way."""
-    # spawn, not fork: the parent has torch's threads by now, and a forked copy of a held lock never opens.
+    # spawn, not fork: the caller may have threads (torch's, for one), and a forked copy of a held lock never opens.
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(encoding,))
     pending: deque[Future[Encoded]] = deque()
     try:

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from megatron_skywork.data.pieces import pieces_of
 from megatron_skywork.errors import DataError
 
 HF_FILE = "tokenizer.json"
@@ -40,8 +43,8 @@ class Tokenizer(ABC):
     fingerprint: str
 
     @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens; a text does not see its neighbours."""
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text (int32), without special tokens; a text does not see its neighbours."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -53,7 +56,7 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without special tokens."""
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text])[0].tolist()
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -83,6 +86,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self._special_id(path, special, "eos_token")
         decisive = {key: content.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         self.fingerprint = hashlib.sha256(json.dumps(decisive, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        self._pieces = pieces_of(content, lambda piece: self._tokenizer.encode(piece, add_special_tokens=False).ids)
 
     def _special_id(self, path: Path, special: dict[str, str], key: str) -> int | None:
         token = special.get(key)
@@ -93,8 +97,15 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{path}: the files beside it name {token!r} as {key}, which is not in the vocabulary; these files do not belong together")
         return found
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._pieces is None:
+            return self._encode_whole(texts)
+        by_pieces = [self._pieces.encode(text) for text in texts]
+        whole = iter(self._encode_whole([text for text, ids in zip(texts, by_pieces, strict=True) if ids is None]))
+        return [next(whole) if ids is None else ids for ids in by_pieces]
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -123,9 +134,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.fingerprint = hashlib.sha256(content).hexdigest()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # One thread: the processes of the caller are the parallelism.
-        return self._model.Encode(list(texts), out_type=int, num_threads=1)
+        return [np.array(ids, dtype=np.int32) for ids in self._model.Encode(list(texts), out_type=int, num_threads=1)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.Decode([int(token) for token in ids])

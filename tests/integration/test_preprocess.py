@@ -109,6 +109,15 @@ def test_exit_codes_and_messages_of_the_command(folder: Path, tmp_path: Path) ->
     assert tool("--verify", "y", cwd=tmp_path).returncode == 0
 
 
+def test_the_command_does_not_wait_for_torch(folder: Path, tmp_path: Path) -> None:
+    """Its import would be most of the processor time of a small file."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    words = ["--input", folder / "docs" / "a.jsonl", "--tokenizer", folder / "bpe", "--output", tmp_path / "out", "--workers", "2"]
+    done = subprocess.run([sys.executable, str(TOOL), *map(str, words)], env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+                          timeout=300, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_lines_are_refused_or_skipped_with_file_and_number(folder: Path, tmp_path: Path, workers: int) -> None:
     good = [json.dumps({"text": text}).encode() for text in TEXTS[:1200]]

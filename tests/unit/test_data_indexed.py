@@ -60,6 +60,24 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path, vocab_size: int, dt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json"]
 
 
+@pytest.mark.parametrize("vocab_size", [65499, 65500])
+def test_the_files_are_those_of_megatron_cores_builder(tmp_path: Path, vocab_size: int) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    documents = [[1, 2, 3], [65498], [5] * 7, [0, 9]]
+    ours = IndexedWriter(str(tmp_path / "ours"), vocab_size)
+    for part in (documents[:3], [], documents[3:]):
+        ours.add(np.array(sum(part, []), dtype=np.int32), np.array([len(document) for document in part], dtype=np.int64))
+    ours.finish({"tokenizer_name": "t", "tokenizer_fingerprint": "f", "vocab_size": vocab_size, "eod_id": None}, [], {}, {})
+    ours.publish()
+    theirs = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for document in documents:
+        theirs.add_document(document, [len(document)])
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    for kind in ("bin", "idx"):
+        assert (tmp_path / f"ours.{kind}").read_bytes() == (tmp_path / f"theirs.{kind}").read_bytes()
+
+
 def test_a_whole_dataset_passes(prefix: str) -> None:
     side = read_side_file(prefix)
     assert check_dataset(prefix, side.largest_token_id + 1, side.tokenizer_fingerprint) == side
