@@ -130,9 +130,8 @@ for folder in sorted(path for path in base.iterdir() if path.is_dir()):
     chunks = build_chunks(config)
     checkpoint.load_weights(folder, chunks)
     model = chunks[0].eval()
-    mask = torch.ones(1, 1, len(tokens), len(tokens), dtype=torch.bool).triu(1)
     with torch.no_grad():
-        logits = model(tokens[None], torch.arange(len(tokens))[None], mask)[0, :, :config.model.vocab_size]
+        logits = model(tokens[None], torch.arange(len(tokens))[None], None)[0, :, :config.model.vocab_size]
     torch.save(logits, base / f"{folder.name}.pt")
 torch.distributed.destroy_process_group()
 """

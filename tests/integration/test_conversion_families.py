@@ -89,9 +89,8 @@ def training_model(described: Description, tensors: dict[str, torch.Tensor], len
 def training_logits(described: Description, tensors: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     length = len(tokens)
     chunk = training_model(described, tensors, length)
-    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
     with torch.no_grad():
-        return chunk(tokens[None], torch.arange(length)[None], mask)[0, :, : described.model.vocab_size]
+        return chunk(tokens[None], torch.arange(length)[None], None)[0, :, : described.model.vocab_size]
 
 
 def their_logits(net: Any, tokens: torch.Tensor) -> torch.Tensor:
