@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from train_step_process import Process, ProcessFailure, run_once  # noqa: E402
 from train_step_summary import summarize  # noqa: E402
 from train_step_table import plan_text, table  # noqa: E402
-from train_step_workload import DIMENSIONS, NAMES, NOT_BALANCED, SHAPES, Workload, expected_bytes, make_config  # noqa: E402
+from train_step_workload import DIMENSIONS, NAMES, NOT_BALANCED, ONLY_BF16, SHAPES, Workload, expected_bytes, make_config  # noqa: E402
 
 from megatron_skywork import device  # noqa: E402
 from megatron_skywork.errors import ConfigError, UserError  # noqa: E402
@@ -121,7 +121,8 @@ class Bench:
         self._memory(name)
         for case in self._cases_of(name) if self.arguments.parts else []:
             say(f"{name}, {case['router']} router: parts of a step")
-            case["parts"] = self._alive[name].ask({"do": "parts", "count": self.arguments.parts, "balanced": case["router"] == "balanced"})
+            command = {"do": "parts", "count": self.arguments.parts, "clock": self.arguments.clock, "balanced": case["router"] == "balanced"}
+            case["parts"] = self._alive[name].ask(command)
 
     def _memory(self, name: str) -> None:
         facts = self.facts[name]
@@ -169,7 +170,7 @@ def free_bytes() -> int | None:
 
 def measure(arguments: argparse.Namespace, work: Workload, planned: dict[str, Any]) -> dict[str, Any]:
     """The whole run."""
-    matmul = {"contender": "matmul", "workload": work.as_dict(), "size": arguments.matmul_size, "repetitions": 10}
+    matmul = {"contender": "matmul", "workload": work.as_dict(), "size": arguments.matmul_size, "clock": arguments.clock}
     say("measuring the peak of a matrix product")
     before = run_once(matmul, arguments.timeout)
     bench = Bench(arguments, work)
@@ -201,9 +202,7 @@ def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, Workload]
     for name in DIMENSIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help="instead of the shape's")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="default bf16")
-    parser.add_argument("--contenders", type=listed, default=list(NAMES[:-1]), metavar="A,B", help=f"out of {', '.join(NAMES)} (default: all but {NAMES[-1]})")
-    parser.add_argument("--hf-precision", choices=("autocast", "pure"), default="autocast",
-                        help="pure: a row more, transformers with bf16 weights and moments (default: autocast alone)")  # fmt: skip
+    parser.add_argument("--contenders", type=listed, metavar="A,B", help=f"out of {', '.join(NAMES)} (default: all that know the precision)")
     parser.add_argument("--router", choices=tuple(ROUTERS), default="both", help="default both")
     parser.add_argument("--repetitions", type=int, default=3 if on_gpu else 5, metavar="N", help="default 3 on a GPU, 5 without")
     parser.add_argument("--steps", type=int, default=5 if on_gpu else 2, metavar="N", help="of everyone in a repetition (default 5 on a GPU, 2 without)")
@@ -223,8 +222,7 @@ def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, Workload]
         parser.error("--repetitions, --steps, --warmup and --matmul-size must be 1 or more, --parts 0 or more")
     if arguments.clock == "cpu" and on_gpu:
         parser.error("--clock cpu does not see what a GPU does; leave it out")
-    if arguments.hf_precision == "pure" and "hf-pure" not in arguments.contenders:
-        arguments.contenders.append("hf-pure")
+    arguments.contenders = arguments.contenders or [name for name in NAMES if arguments.precision == "bf16" or name not in ONLY_BF16]
     given = {name: getattr(arguments, name) for name in DIMENSIONS if getattr(arguments, name) is not None}
     wrong = [f"--{name.replace('_', '-')} {value}" for name, value in given.items() if value < 1]
     if wrong:

@@ -9,7 +9,8 @@ token ids, from the host, and read their loss back at the end of a step, as a tr
 * core-local: megatron-core's GPTModel with `get_gpt_layer_local_spec`, its router, schedule, DDP, distributed optimizer and the Adam it falls back to without
   extras; every switch that is about speed as it comes.
 * core-te: megatron-core with its Transformer Engine spec, grouped GEMM and the fusions that come with it.
-* hf: MixtralForCausalLM with its default experts and scaled_dot_product_attention, torch's fused AdamW. hf-pure: the same in bf16 weights and moments.
+* hf: MixtralForCausalLM with its default experts and scaled_dot_product_attention, torch's fused AdamW. Its grouped GEMM takes the type of the weights, so
+  under autocast its experts compute in fp32. hf-eager: the same with experts one by one, which autocast brings to bf16. hf-pure: weights and moments in bf16.
 
 A contender imports what it needs when it is built: each has a process of its own, and its memory is not charged with another's libraries.
 """
@@ -20,7 +21,7 @@ import contextlib
 import functools
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -231,18 +232,20 @@ def _mean_loss(loss_mask_BS: Tensor, losses_BS: Tensor) -> tuple[Tensor, dict[st
 class Mixtral(Contender):
     """transformers' Mixtral in a plain PyTorch loop."""
 
-    def __init__(self, work: Workload, pure: bool):
+    def __init__(self, work: Workload, experts: str | None = None, pure: bool = False):
         super().__init__(work)
         from transformers import MixtralConfig, MixtralForCausalLM
 
         if pure and work.precision != "bf16":
             raise UserError(f"bf16 weights are another precision than {work.precision}")
         shape = work.shape
+        chosen = {} if experts is None else {"experts_implementation": experts}
         config = MixtralConfig(
             vocab_size=make_config(work, features=False).model.padded_vocab_size, hidden_size=shape.hidden, intermediate_size=shape.ffn,
             num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads, num_local_experts=shape.experts,
             num_experts_per_tok=shape.topk, max_position_embeddings=shape.seq_length, output_router_logits=True, router_aux_loss_coef=0.01,
             sliding_window=None, use_cache=False, tie_word_embeddings=False, attn_implementation="sdpa",
+            **chosen,
         )  # fmt: skip
         torch.manual_seed(work.seed)
         with device.current():
@@ -285,12 +288,13 @@ def require_installed(name: str) -> None:
         raise UserError("Transformer Engine is not installed")
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[Workload], Contender]] = {
     "skywork-on": functools.partial(Skywork, features=True, backend="torch"),
     "skywork-off": functools.partial(Skywork, features=False, backend="torch"),
     "skywork-te": functools.partial(Skywork, features=True, backend="te"),
     "core-local": functools.partial(MegatronCore, transformer_engine=False),
     "core-te": functools.partial(MegatronCore, transformer_engine=True),
-    "hf": functools.partial(Mixtral, pure=False),
+    "hf": Mixtral,
+    "hf-eager": functools.partial(Mixtral, experts="eager"),
     "hf-pure": functools.partial(Mixtral, pure=True),
 }

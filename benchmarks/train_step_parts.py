@@ -3,7 +3,7 @@
 A step is cut into pieces by marks in time, and each piece belongs to the part that was begun last. In the forward pass a part begins and ends with the
 call of its module or method. In the backward pass it begins when the gradient of its output is ready to go on and ends when that of its input is: autograd
 goes back through a graph in the reverse order of its making, weight gradients included, so what lies between is the part's own. Marks are readings of the
-clock on CPU and events in the stream on a GPU. Pieces add up to the step; a mark costs microseconds, and these steps are not the ones that are timed.
+clock (--clock) on CPU and events in the stream on a GPU. Pieces add up to the step; a mark costs microseconds, and these steps are not the ones that are timed.
 
 Modules are found by the attributes of megatron-core's and transformers' layers, not by class, so whatever stands in their place is measured too.
 A norm fused into a linear layer (Transformer Engine) counts with it. transformers' experts do their own dispatch. Idle is shown beside, since it lies
@@ -44,12 +44,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class PartsClock:
     """Marks of one or more steps.
 
+    Args:
+        now: what a mark is made of; `clock_of` gives it.
+
     Attributes:
         routed: per router call, the assignments that each expert got, on the device.
     """
 
-    def __init__(self) -> None:
-        self._marks: list[tuple[str, Any]] = []
+    def __init__(self, now: Callable[[], Any]):
+        self._now, self._marks = now, list[tuple[str, Any]]()
         self._label, self._outer = "other", list[str]()
         self._undo: list[Callable[[], None]] = []
         self.routed: list[Tensor] = []
@@ -72,7 +75,7 @@ class PartsClock:
 
     def _switch(self, label: str) -> None:
         self._label = label
-        self._marks.append((label, _now()))
+        self._marks.append((label, self._now()))
 
     def _enter(self, part: str, inputs: Any) -> None:
         self._outer.append(self._label)
@@ -161,11 +164,16 @@ class PartsClock:
         self._undo.append(body.register_forward_hook(begins).remove)
 
 
-def _now() -> Any:
+def clock_of(name: str) -> Callable[[], Any]:
+    """Reads wall time or this process's processor time; on a GPU an event in the stream."""
     if not device.has_gpu():
-        return time.perf_counter()
-    event = torch.Event(device.current(), enable_timing=True)
-    event.record()
+        return {"wall": time.perf_counter, "cpu": time.process_time}[name]
+
+    def event() -> torch.Event:
+        mark = torch.Event(device.current(), enable_timing=True)
+        mark.record()
+        return mark
+
     return event
 
 
@@ -189,9 +197,9 @@ def replace_call(owner: Any, name: str, call: Callable[..., Any]) -> Callable[[]
     return (lambda: setattr(owner, name, original)) if had else (lambda: delattr(owner, name))
 
 
-def measure_parts(step: Callable[[], Any], model: torch.nn.Module, calls: dict[str, Sequence[tuple[Any, str]]], count: int) -> dict[str, Any]:
+def measure_parts(step: Callable[[], Any], model: torch.nn.Module, calls: dict[str, Sequence[tuple[Any, str]]], count: int, clock_name: str) -> dict[str, Any]:
     """Shares of the parts over `count` steps, the load of the routers, idle time, and the operations that took most time."""
-    clock = PartsClock()
+    clock = PartsClock(clock_of(clock_name))
     total: dict[str, float] = defaultdict(float)
     with clock.watching(model, calls):
         started, started_cpu = time.perf_counter(), time.process_time()

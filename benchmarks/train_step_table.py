@@ -76,7 +76,8 @@ def ratio_lines(result: dict[str, Any]) -> Iterator[str]:
     if result["mfu_goal"]:
         goal = dict(result["mfu_goal"])
         wanted = goal.pop("goal")
-        yield f"MFU with a real router, goal at least {percent(wanted)}: " + ", ".join(f"{name} {percent(mfu)}" for name, mfu in goal.items())
+        found = (f"{name} {percent(row['mfu'])} ({percent(row['kept'])} of the assignments kept)" for name, row in goal.items())
+        yield f"MFU with a real router, goal at least {percent(wanted)}: {', '.join(found)}"
 
 
 def part_lines(cases: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -38,9 +38,10 @@ class Shape:
 
 
 # train_step_contenders.py says who they are.
-NAMES = ("skywork-on", "skywork-off", "skywork-te", "core-local", "core-te", "hf", "hf-pure")
+NAMES = ("skywork-on", "skywork-off", "skywork-te", "core-local", "core-te", "hf", "hf-eager", "hf-pure")
 LEARNING_RATE = 1e-4
-NOT_BALANCED = ("hf", "hf-pure")
+NOT_BALANCED = ("hf", "hf-eager", "hf-pure")
+ONLY_BF16 = ("hf-pure",)
 DIMENSIONS = [field.name for field in fields(Shape)]
 
 SHAPES = {
@@ -116,7 +117,7 @@ _AUTOCAST = 4 + 4 + 8 + 2
 def expected_bytes(work: Workload, contender: str) -> int:
     """What a contender will hold at its peak, roughly: between half and twice of it was seen."""
     shape, half = work.shape, work.precision == "bf16"
-    per_parameter = _PLAIN if not half else _PURE if contender == "hf-pure" else _AUTOCAST if contender == "hf" else _MIXED
+    per_parameter = _PLAIN if not half else _PURE if contender == "hf-pure" else _AUTOCAST if contender in NOT_BALANCED else _MIXED
     weights = count_parameters(make_config(work, features=False)).padded_total * per_parameter
     width = 2 if half else 4
     tokens = shape.seq_length * shape.micro_batch
