@@ -154,8 +154,8 @@ def check_memory(planned: dict[str, Any]) -> None:
     Raises:
         ConfigError: it does not fit.
     """
-    expected = planned["expected_bytes"].values()
-    needed, free = max(expected) if planned["one_at_a_time"] else sum(expected), free_bytes()
+    expected = [size for name, size in planned["expected_bytes"].items() if not name.endswith("-te")]  # those need a GPU
+    needed, free = max(expected, default=0) if planned["one_at_a_time"] else sum(expected), free_bytes()
     if not device.has_gpu() and free is not None and needed > free:
         raise ConfigError(f"about {needed / 2**30:.1f} GiB are needed and {free / 2**30:.1f} are free; "
                           "choose a smaller --shape, fewer --contenders, or --one-at-a-time")  # fmt: skip
@@ -210,7 +210,8 @@ def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, Workload]
                         help="steps of a process that are not counted (default 3 on a GPU, 1 without)")  # fmt: skip
     parser.add_argument("--parts", type=int, default=2, metavar="N", help="steps whose parts are measured; 0 leaves them out (default 2)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
-                        help="cpu: processor time of the process, for a machine that does other work; needs a CPU (default wall)")  # fmt: skip
+                        help="cpu: all figures in processor time, for a CPU that does other work; set OMP_WAIT_POLICY=passive too, or waiting threads "
+                             "count as working (default wall)")  # fmt: skip
     parser.add_argument("--one-at-a-time", action=argparse.BooleanOptionalAction, default=on_gpu, help="default: on a GPU")
     parser.add_argument("--matmul-size", type=int, default=MATMUL_SIZE["gpu" if on_gpu else "cpu"], metavar="N", help="of the product that shows the peak")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="SECONDS", help="that one answer of a contender may take (default 900)")

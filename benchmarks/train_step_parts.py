@@ -70,7 +70,7 @@ class PartsClock:
         device.synchronize()
         seconds = dict.fromkeys(PARTS, 0.0)
         for (label, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
-            seconds[label] += begin.elapsed_time(end) / 1e3 if isinstance(begin, torch.Event) else end - begin
+            seconds[label] += end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
         return seconds
 
     def _switch(self, label: str) -> None:

@@ -17,8 +17,9 @@ def plan_text(plan: dict[str, Any]) -> Iterator[str]:
     yield plan["flops_formula"]
     yield (f"a step: {plan['flops_per_token'] * plan['tokens_per_step'] / 1e12:.4g} TFLOP; the Skywork-MoE report would count "
            f"{plan['report_flops_per_token'] / plan['flops_per_token']:.3f} times as many (6 N_active + 12 L A S)")  # fmt: skip
+    clock = "wall clock" if plan["clock"] == "wall" else "seconds of processor time, over all threads"
     turns = "one process at a time" if plan["one_at_a_time"] else "all processes stay"
-    yield (f"{plan['repetitions']} repetitions of {plan['steps']} steps after {plan['warmup']} not counted, {turns}, {plan['clock']} clock, "
+    yield (f"{plan['repetitions']} repetitions of {plan['steps']} steps after {plan['warmup']} not counted, {turns}, {clock}, "
            f"router: {plan['router']}")  # fmt: skip
     yield "expected memory, roughly: " + ", ".join(f"{name} {gib(size)}" for name, size in plan["expected_bytes"].items()) + " GiB"
 
@@ -71,13 +72,13 @@ def ratio_lines(result: dict[str, Any]) -> Iterator[str]:
         spread = f"{ratio['p25']:.3f} .. {ratio['p75']:.3f}"
         yield f"{ratio['name']:28}{ratio['router']:10}{ratio['median']:8.3f}{spread:>18}   {goal}"
     for ratio in result["memory_ratios"]:
-        reached = "reached" if ratio["reached"] else "not reached"
-        yield f"peak memory {ratio['name']}: {ratio['peak']:.3f} (above start {ratio['above_start']:.3f}); goal at most 1: {reached}"
+        yield (f"peak memory {ratio['name']}: {ratio['peak']:.3f} (above start {ratio['above_start']:.3f}); goal at most 1: "
+               f"{'reached' if ratio['reached'] else 'not reached'}")  # fmt: skip
     if result["mfu_goal"]:
-        goal = dict(result["mfu_goal"])
-        wanted = goal.pop("goal")
-        found = (f"{name} {percent(row['mfu'])} ({percent(row['kept'])} of the assignments kept)" for name, row in goal.items())
-        yield f"MFU with a real router, goal at least {percent(wanted)}: {', '.join(found)}"
+        found = dict(result["mfu_goal"])
+        wanted = found.pop("goal")
+        reached = (f"{name} {percent(row['mfu'])} ({percent(row['kept'])} of the assignments kept)" for name, row in found.items())
+        yield f"MFU with a real router, goal at least {percent(wanted)}: {', '.join(reached)}"
 
 
 def part_lines(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
