@@ -143,9 +143,9 @@ class Skywork(_OnMegatronCore):
         chunks = wrap_for_training(self._config, build_chunks(self._config))
         optimizer = build_optimizer(self._config, chunks)
         self.model = chunks[0]
-        self._step = TrainStep(self._config, chunks, optimizer, work.shape.micro_batches, PhaseTimer(device.synchronize))
+        self._step = TrainStep(self._config, chunks, optimizer, work.shape.micro_batches, PhaseTimer())
         self.calls = {
-            "optimizer": [(optimizer, "step"), (optimizer, "zero_grad"), (chunks[0], "zero_grad_buffer")],
+            "optimizer": [(self._step, "_update"), (chunks[0], "zero_grad_buffer")],
             "communication": [(chunks[0].config, "finalize_model_grads_func")],
         }
 

@@ -101,7 +101,21 @@ def wrap_for_training(config: Config, chunks: list[GPTModel]) -> list[Distribute
         wrapped.append(DistributedDataParallel(transformer, data_parallel, module))
     for chunk in wrapped:
         chunk.broadcast_params()
+        _reduce_nothing_alone(chunk)
     return wrapped
+
+
+def _reduce_nothing_alone(chunk: DistributedDataParallel) -> None:
+    """Leave out the reduction of gradients that no other rank has; gloo would copy all of them twice to find that out."""
+    for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+        # Overlapped, megatron-core waits for the handle of a reduction that it has started.
+        is_alone = group.intra_distributed_optimizer_instance_size == 1 and not chunk.ddp_config.overlap_grad_reduce
+        if is_alone and all(bucket.gradient_scaling_factor == 1.0 for bucket in group.buckets):
+            group.start_grad_sync = _nothing_to_reduce
+
+
+def _nothing_to_reduce(force_all_reduce: bool | None = False) -> None:
+    """Takes the place of a bucket group's `start_grad_sync`."""
 
 
 @contextlib.contextmanager
