@@ -259,6 +259,8 @@ def _redirect_torch_to_cpu() -> None:
     gloo.complete()
     # jit.py turns small functions into torch.compile; on CPU that costs a C++ build per function and wins nothing at these sizes.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # oneDNN compiles a product for every number of rows it meets and keeps the last 1024 of them. An expert gets another number of tokens every time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
