@@ -22,12 +22,14 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_paral
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from megatron_skywork import device
 from megatron_skywork.moe.grouped_mlp import grouped_mlp
 
 FC1_KEY, FC2_KEY = "linear_fc1.weight", "linear_fc2.weight"
+_EXTRA = "extra_state_of_expert_"
 
 
 class GroupedExperts(MegatronModule):
@@ -57,6 +59,7 @@ class GroupedExperts(MegatronModule):
         set_tensor_model_parallel_attributes(self.weight2, is_parallel=True, dim=2, stride=1)
         if config.perform_initialization:
             self.reset_parameters()
+        self.register_load_state_dict_pre_hook(_leave_out_extra_states)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -78,8 +81,8 @@ class GroupedExperts(MegatronModule):
         return grouped_mlp(rows_RH, probs_R.float(), self.weight1, self.weight2, ends_E), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Both weights, each as a factory that makes one sharded tensor for every expert and half."""
-        sharded = {}
+        """Both weights, each as a factory that makes one sharded tensor for every expert and half, and the empty states beside them."""
+        sharded: dict[str, Any] = {}
         for name, key, parts, axis in (("weight1", FC1_KEY, 2, 0), ("weight2", FC2_KEY, 1, 1)):
             sharded[f"{prefix}{name}"] = ShardedTensorFactory(
                 f"{prefix}experts.{key}",
@@ -88,7 +91,18 @@ class GroupedExperts(MegatronModule):
                 _merge(parts),
                 replica_id=(0, 0, self.dp_group.rank()),
             )
+            sharded.update(self._extra_states(f"{prefix}{{}}experts.{key.removesuffix('weight')}_extra_state", sharded_offsets))
         return sharded
+
+    def _extra_states(self, name: str, sharded_offsets: tuple[Any, ...]) -> dict[str, Any]:
+        """The empty states beside each expert's matrix that other classes of experts ask a checkpoint for."""
+        first, total = self.ep_group.rank() * self.num_local_experts, self.ep_group.size() * self.num_local_experts
+        return {
+            name.format(f"{_EXTRA}{expert}."): make_sharded_object_for_checkpoint(
+                None, name.format(""), (*sharded_offsets, (len(sharded_offsets), first + expert, total)), (0, self.tp_group.rank(), self.dp_group.rank())
+            )
+            for expert in range(self.num_local_experts)
+        }
 
     def _split(self, sharded_offsets: tuple[Any, ...], parts: int, axis: int) -> Any:
         """What makes sharded tensors of a weight: `parts` halves of each expert's matrix, cut over expert-tensor-parallel ranks along `axis`."""
@@ -113,6 +127,12 @@ class GroupedExperts(MegatronModule):
             ]
 
         return split
+
+
+def _leave_out_extra_states(module: GroupedExperts, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """What came with a checkpoint for other classes of experts; nothing is in it."""
+    for key in [key for key in state if key.startswith(prefix + _EXTRA)]:
+        del state[key]
 
 
 def _merge(parts: int) -> Any:
