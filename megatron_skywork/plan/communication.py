@@ -10,7 +10,7 @@ tensor-parallel group, T = B S / (tp cp) the tokens of a rank, E experts, K top-
 
     tp         a pair of split matrices (attention, dense or shared feed-forward): forward all-gather and reduce-scatter of A; backward all-gather of A
                twice (input, for the weights' gradient, and output's gradient) and reduce-scatter of A. Embedding: reduce-scatter, in backward
-               all-gather. Output layer: all-gather, in backward all-gather and reduce-scatter. Loss: three all-reduces of B S fp32.
+               all-gather. Output layer: all-gather, in backward reduce-scatter. Loss: all-gather of every rank's 3 B S / cp fp32.
                Once a step: all-reduce of the fp32 gradients of what every rank holds whole (norms, routers).
     tp_cp      capacity over the micro-batch: all-gather of priorities [B S, E] fp32. Auxiliary loss: all-reduce of 2 E + 1 fp32, per sequence if so scoped.
     tp_dp_cp   router state, once a step: all-reduce of 2 E + 7 + losses float64 for each MoE layer of the stage.
@@ -120,22 +120,22 @@ def _tensor(config: Config, stage: int, micro_batches: int) -> Iterator[Traffic]
     pairs = [runs for _, runs in forwards(config, stage, set())]
     pairs += [runs for layer, runs in forwards(config, stage, {"mlp"}) if layer not in sparse]
     pairs += [runs for layer, runs in forwards(config, stage, {"moe", "shared_experts"}) if layer in sparse and has_shared]
-    gathers = sum(runs + 2 for runs in pairs) + is_first + 2 * is_last
+    gathers = sum(runs + 2 for runs in pairs) + is_first + is_last
     scatters = sum(runs + 1 for runs in pairs) + is_first + is_last
     tokens = _tokens(config)
     activations = tokens * config.model.hidden_size * COMPUTE_BYTES[config.train.precision]
-    yield _exact("tp", "all_gather", "activations", micro_batches * gathers * ring("all_gather", p.tp, activations))
+    statistics = is_last * p.tp * 3 * tokens * FP32
+    yield _exact("tp", "all_gather", "activations, loss", micro_batches * ring("all_gather", p.tp, gathers * activations + statistics))
     yield _exact("tp", "reduce_scatter", "activations", micro_batches * scatters * ring("reduce_scatter", p.tp, activations))
     whole = sum(chunk.whole for chunk in held_parameters(config)[stage])
-    reduced = 3 * micro_batches * is_last * tokens * FP32 + whole * FP32
-    yield _exact("tp", "all_reduce", "loss, gradients of norms and routers", ring("all_reduce", p.tp, reduced))
+    yield _exact("tp", "all_reduce", "gradients of norms and routers", ring("all_reduce", p.tp, whole * FP32))
 
 
 def _router(config: Config, stage: int, micro_batches: int, data_parallel: int) -> Iterator[Traffic]:
     p, moe, sparse = config.parallel, config.moe, set(config.moe_layers)
     if moe is None:
         return
-    runs = [count for layer, count in forwards(config, stage, {"moe"}) if layer in sparse]
+    runs = [count for layer, count in forwards(config, stage, {"moe", "router"}) if layer in sparse]
     tokens, ranks = config.train.micro_batch_size * config.data.seq_length, p.tp * p.cp
     capacity = _capacity(config)
     if moe.capacity_scope == "micro_batch" and capacity is not None and capacity < tokens:

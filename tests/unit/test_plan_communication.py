@@ -54,9 +54,10 @@ def test_data_parallel_ranks_send_gradients_in_fp32_and_parameters_in_half_preci
 def test_tensor_parallel_ranks_send_activations():
     sent = traffic(2, tp=2)
     one = 1 / 2 * 16 * 64 * 2  # half of a micro-batch's activations; 8 micro-batches a step
-    assert sent["tp", "all_gather"] == both(8 * (4 * 3 + 1 + 2) * one)
+    loss = 1 / 2 * 2 * 3 * 16 * 4  # the other rank's three numbers of every token
+    assert sent["tp", "all_gather"] == both(8 * ((4 * 3 + 1 + 1) * one + loss))
     assert sent["tp", "reduce_scatter"] == both(8 * (4 * 2 + 1 + 1) * one)
-    assert sent["tp", "all_reduce"] == both(8 * 3 * 16 * 4 + 4 * (4 * (128 + 8 * 64) + 64))
+    assert sent["tp", "all_reduce"] == both(4 * (4 * (128 + 8 * 64) + 64))
     assert sent["tp_cp", "all_reduce"] == both(8 * 4 * (2 * 8 + 1) * 4)
     assert ("tp_cp", "all_gather") not in sent, "nothing is dropped, so nobody asks for priorities"
     assert traffic(2, tp=2, moe={"capacity_factor": 1.0})["tp_cp", "all_gather"] == both(8 * 4 * 1 / 2 * 16 * 8 * 4)
