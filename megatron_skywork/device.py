@@ -46,6 +46,16 @@ def has_flash_attention() -> bool:
     return has_gpu() and torch.cuda.get_device_capability() >= (8, 0)
 
 
+def has_grouped_product(dtype: torch.dtype) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` is one kernel here: on CPU, and in bf16 on Hopper and Blackwell."""
+    return not has_gpu() or (dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10))
+
+
+def leaves_empty_groups_unwritten() -> bool:
+    """Whether that kernel leaves the products of groups without rows as they were in memory: on Blackwell (pytorch/pytorch#172439)."""
+    return has_gpu() and torch.cuda.get_device_capability()[0] == 10
+
+
 def has_compiler() -> bool:
     """Whether torch can compile kernels for this device: a GPU, and Triton for it."""
     return has_gpu() and _installed("triton")
@@ -147,10 +157,18 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         if not (_compiles and has_gpu()):
             return function(*args, **kwargs)
         if not compiled:
-            compiled.append(torch.compile(function) if _installed("triton") else function)
+            compiled.append(_compiled(function) if _installed("triton") else function)
         return compiled[0](*args, **kwargs)
 
     return call
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Dynamo compiles a function anew for other types, strides and gradients of its arguments, and after eight times gives up silently."""
+    config: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(64, getattr(config, limit)))
+    return torch.compile(function)
 
 
 def compile_fused(wanted: bool) -> None:

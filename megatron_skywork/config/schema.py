@@ -64,7 +64,7 @@ class Model(Section):
     attention_dropout: Share = Field(0.0, description="Dropout on attention probabilities.")
     hidden_dropout: Share = Field(0.0, description="Dropout on the residual branches.")
     backend: Literal["auto", "torch", "te"] = Field("auto", description="torch: plain PyTorch modules, everywhere; te: Transformer Engine; auto: te when it is installed and a GPU is there.")
-    compile: bool = Field(True, description="On a GPU, small functions of the torch backend (norms, rotary positions, activations, loss) become one compiled kernel each.")
+    compile: bool = Field(True, description="On a GPU, small functions (gate normalization, router health, rotary positions, activations, loss) become one compiled kernel each.")
 
     def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
         heads = self.num_attention_heads

@@ -239,6 +239,22 @@ def _narrow_precision(config: Config, world: int | None) -> Iterator[str]:
             yield f"megatron.{name}={config.megatron[name]} works on top of bf16; set train.precision=bf16 (it is {config.train.precision})"
 
 
+# Fields that modules of Transformer Engine follow and those of the torch backend do not.
+_OF_TRANSFORMER_ENGINE = (
+    "activation_func_clamp_value", "cuda_graph_impl", "delay_wgrad_compute", "enable_cuda_graph", "external_cuda_graph", "glu_linear_offset",
+    "layernorm_zero_centered_gamma", "overlap_dispatch_backward_with_experts_wgrad", "softmax_type", "window_size",
+)  # fmt: skip
+
+
+@rule("megatron", "model.backend")
+def _without_transformer_engine(config: Config, world: int | None) -> Iterator[str]:
+    for name in _OF_TRANSFORMER_ENGINE:
+        value = config.megatron.get(name)
+        if value and value not in ("none", "vanilla") and config.model.backend != "te":
+            yield (f"megatron.{name}={value} is followed by Transformer Engine's modules only; set model.backend=te (it is {config.model.backend}), "
+                   "or leave it out")
+
+
 @rule("optim.warmup_steps", "train.steps")
 def _warmup(config: Config, world: int | None) -> Iterator[str]:
     warmup, steps = config.optim.warmup_steps, config.train.steps

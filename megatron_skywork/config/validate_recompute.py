@@ -32,7 +32,7 @@ def _recompute_layers(config: Config, world: int | None) -> Iterator[str]:
         yield f"{shown} is more than the stages hold, which is {sizes}; use for instance {fitting}"
 
 
-@rule("parallel.recompute", "parallel.recompute_modules", "moe", "model.num_layers")
+@rule("parallel.recompute", "parallel.recompute_modules", "moe", "model.num_layers", "megatron")
 def _recompute_modules(config: Config, world: int | None) -> Iterator[str]:
     p, moe, asked = config.parallel, config.moe, config.parallel.recompute_modules
     default = type(p).model_fields["recompute_modules"].get_default(call_default_factory=True)
@@ -52,5 +52,8 @@ def _recompute_modules(config: Config, world: int | None) -> Iterator[str]:
         yield f"parallel.recompute_modules names moe, which covers {', '.join(parts)}; leave out moe to recompute less, or the others"
     if moe is not None and "shared_experts" in asked and moe.shared_expert_ffn_hidden_size is None:
         yield "parallel.recompute_modules names shared_experts, and moe.shared_expert_ffn_hidden_size is not set; leave one out or set the other"
+    if "layernorm" in asked and config.megatron.get("moe_shared_expert_overlap"):
+        yield ("parallel.recompute_modules names layernorm, and megatron.moe_shared_expert_overlap=true reads the norm's output beside the main stream; "
+               "leave one of the two out")
     if "mlp" in asked and len(set(config.moe_layers)) == config.model.num_layers:
         yield "parallel.recompute_modules names mlp, the feed-forward of dense layers, and every layer has experts; name moe, or leave it out"

@@ -106,10 +106,15 @@ def _numbers(config: Config, world: int | None) -> Iterator[str]:
         yield f"megatron.moe_router_topk_scaling_factor={scaling} multiplies the weights of the chosen experts; use a number above 0, or leave it out for 1"
 
 
-@rule("moe.topk", "megatron")
+@rule("moe.topk", "megatron", "model.backend")
 def _weights_on_input(config: Config, world: int | None) -> Iterator[str]:
-    if config.moe is not None and passed(config, "moe_apply_probs_on_input") and config.moe.topk > 1:
+    if config.moe is None or not passed(config, "moe_apply_probs_on_input"):
+        return
+    if config.moe.topk > 1:
         yield f"megatron.moe_apply_probs_on_input=true exists for one expert per token; set moe.topk=1 (it is {config.moe.topk}), or leave it out"
+    elif config.model.backend != "te":
+        yield (f"megatron.moe_apply_probs_on_input=true is followed by Transformer Engine's experts only; set model.backend=te (it is {config.model.backend}), "
+               "or leave it out")
 
 
 @rule("moe.num_experts", "megatron", "model.backend")

@@ -58,7 +58,8 @@ class RecomputedRMSNorm(RMSNorm):
         """Around one forward and everything that reads its output: what these save of the output for backward is computed again there."""
 
         def pack(tensor: Tensor) -> Any:
-            return self._call.note(tensor) if self._call is not None and self._call.holds(tensor) else tensor
+            # Detached: a node that saves its own output would hold itself, in a cycle that Python's collector cannot see.
+            return self._call.note(tensor) if self._call is not None and self._call.holds(tensor) else tensor.detach()
 
         def unpack(saved: Any) -> Tensor:
             return saved.read() if isinstance(saved, _Note) else saved
@@ -84,16 +85,17 @@ class _Call:
         self._compute, self._hidden = compute, hidden.detach()
         self._again: tuple[Tensor, Tensor] | None = None
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        """Input and output, with the graph between them; the first time too, since compiled code without gradients may round differently."""
-        hidden = self._hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            return hidden, self._compute(hidden)
+    def first(self) -> Tensor:
+        """The output, in forward, with no graph behind it."""
+        with torch.no_grad():
+            return self._compute(self._hidden)
 
     def again(self) -> tuple[Tensor, Tensor]:
-        """The same in backward, run once for all readers."""
+        """Input and output in backward, with the graph between them; run once for all readers."""
         if self._again is None:
-            self._again = self.run()
+            hidden = self._hidden.detach().requires_grad_()
+            with torch.enable_grad():
+                self._again = hidden, self._compute(hidden)
         return self._again
 
     def forget(self) -> None:
@@ -125,7 +127,7 @@ class _ComputedAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.call, ctx.weight = call, weight
-        return call.run()[1].detach()
+        return call.first()
 
     @staticmethod
     @once_differentiable

@@ -49,15 +49,16 @@ class SkyworkTokenDispatcher(MoEAlltoAllTokenDispatcher):
         Returns:
             rows [R, H] and their weights [R].
         """
-        self.hidden_shape, self.probs = hidden_states.shape, probs
+        # Not the weights themselves: they would keep the graph of all layers below alive until the next micro-batch.
+        self.hidden_shape, self.probs_dtype = hidden_states.shape, probs.dtype
         tokens_TH = hidden_states.reshape(-1, self.hidden_shape[-1])
         assignments = tokens_TH.shape[0] * self.config.moe_router_topk
         if self.drop_and_pad:
             self.capacity = get_capacity(assignments, self.num_experts, self.moe_expert_capacity_factor)
         self.plan = plan_rows(routing_map, self.num_experts * self.capacity if self.drop_and_pad else assignments)
-        self._plan_exchange()
-        if self.shared_experts is not None:
+        if self.shared_experts is not None:  # before the host waits, so that the device has something to do
             self.shared_experts.pre_forward_comm(tokens_TH.view(self.hidden_shape))
+        self._plan_exchange()
         return to_rows(tokens_TH, self.plan), weights_of_rows(probs, self.plan)
 
     def _plan_exchange(self) -> None:
@@ -117,7 +118,7 @@ class SkyworkTokenDispatcher(MoEAlltoAllTokenDispatcher):
             rows = reorder_rows(rows, self.order[1], self.order[0])
         if self.tp_size > 1:
             # Parts are summed in the weights' precision, as megatron-core does.
-            rows = reduce_scatter_to_sequence_parallel_region(rows.to(self.probs.dtype), group=self.tp_group, input_split_sizes=self.tp_splits).to(rows.dtype)
+            rows = reduce_scatter_to_sequence_parallel_region(rows.to(self.probs_dtype), group=self.tp_group, input_split_sizes=self.tp_splits).to(rows.dtype)
         return rows
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:

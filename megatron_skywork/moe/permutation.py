@@ -10,7 +10,7 @@ rows. So there are two kernels, `index_select` and the sum of `embedding_bag`, e
 adds into: both are deterministic, and sums are formed in fp32. megatron-core scatters with atomic adds instead.
 
 R is fixed by shapes alone (tokens times top-k, or experts times capacity). Where a capacity limit dropped assignments fewer rows are in use; the rest stand
-behind the last expert's run, and a bag of its own behind the last token takes them, so that nothing waits for their number.
+behind the last expert's run, and bags of their own behind the last token take them, so that nothing waits for their number.
 
 Shapes: T tokens, E experts, R rows, H hidden.
 """
@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+UNUSED_PER_BAG = 64
+"""Rows not in use that are summed in one bag: a GPU sums a bag in turn, and one for all of them would be what everything waits for."""
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -35,7 +38,7 @@ class RowPlan:
         row_of_assignment_TE: int64; means something where the map is true.
         assignment_of_row: int64 [R], token * E + expert; 0 for a row not in use.
         rows_of_tokens: int64 [R].
-        first_of_token: int64 [T + 1], the last entry for the rows not in use.
+        first_of_token: int64, [T] and then one entry for every UNUSED_PER_BAG rows that may not be in use.
     """
 
     routing_map_TE: Tensor
@@ -52,7 +55,12 @@ class RowPlan:
 
     def cut(self, num_rows: int) -> RowPlan:
         """The same with the rows in use alone, once the host knows their number."""
-        return replace(self, assignment_of_row=self.assignment_of_row[:num_rows], rows_of_tokens=self.rows_of_tokens[:num_rows])
+        return replace(
+            self,
+            assignment_of_row=self.assignment_of_row[:num_rows],
+            rows_of_tokens=self.rows_of_tokens[:num_rows],
+            first_of_token=self.first_of_token[: self.routing_map_TE.shape[0]],
+        )
 
 
 def plan_rows(routing_map_TE: Tensor, num_rows: int) -> RowPlan:
@@ -62,9 +70,10 @@ def plan_rows(routing_map_TE: Tensor, num_rows: int) -> RowPlan:
         routing_map_TE: bool.
         num_rows: R, at least the number of assignments.
     """
-    in_turn_TE = routing_map_TE.cumsum(dim=0)
-    tokens_per_expert, in_token_T = in_turn_TE[-1], routing_map_TE.sum(dim=1)
-    row_TE = in_turn_TE - 1 + (tokens_per_expert.cumsum(0) - tokens_per_expert)
+    tokens, experts = routing_map_TE.shape
+    tokens_per_expert, in_token_T = routing_map_TE.sum(dim=0), routing_map_TE.sum(dim=1)
+    # Rows lie by expert, so counting through the map by expert numbers them; a scan along the other axis would be one thread per expert on a GPU.
+    row_TE = (routing_map_TE.t().flatten().cumsum(0) - 1).view(experts, tokens).t()
     # Scattering the assignments that are none to one place behind the end is what a selection by the map would do, but its size is known.
     chosen, behind = routing_map_TE.flatten(), num_rows
     row, order = row_TE.flatten(), routing_map_TE.flatten().cumsum(0) - 1
@@ -72,7 +81,8 @@ def plan_rows(routing_map_TE: Tensor, num_rows: int) -> RowPlan:
     assignment_of_row = empty.scatter(0, torch.where(chosen, row, behind), torch.arange(row.shape[0], device=row.device))[:num_rows]
     rows_of_tokens = empty.scatter(0, torch.where(chosen, order, behind), row)[:num_rows]
     ends_T = in_token_T.cumsum(0)
-    first_of_token = torch.cat([ends_T - in_token_T, ends_T[-1:]])
+    unused = ends_T[-1] + UNUSED_PER_BAG * torch.arange(-(-num_rows // UNUSED_PER_BAG), device=row.device)
+    first_of_token = torch.cat([ends_T - in_token_T, unused.clamp(max=num_rows)])
     return RowPlan(routing_map_TE, tokens_per_expert, row_TE, assignment_of_row, rows_of_tokens, first_of_token)
 
 

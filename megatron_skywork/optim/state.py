@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 KEYS = ("param", "exp_avg", "exp_avg_sq")
-# Numbers the first rank receives at once, in fp32: all that gathering needs beside the result.
+# Numbers the first rank receives at once, in fp32: what gathering needs beside the result and each rank's own part of a bucket.
 GATHERED_AT_ONCE = 2**25
 
 

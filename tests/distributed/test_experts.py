@@ -137,6 +137,26 @@ def test_checkpoint_entries_are_those_of_sequential_experts(ranks: RankPool, wor
         }  # fmt: skip
 
 
+def kept_after_backward(settings: dict[str, Any]) -> list[str]:
+    """What the dispatchers hold of the graph when a micro-batch is done: it would keep the activations of all layers below alive."""
+    from megatron_skywork import parallel
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.train.evaluate import find_moe_layers
+    from megatron_skywork.train.training import Training
+
+    config = Config(**settings)
+    training = Training(config, parallel.start(config))
+    training.train_one_step()
+    held = [vars(layer.token_dispatcher) for layer in find_moe_layers(training.chunks)]
+    found = [name for attributes in held for name, value in attributes.items() if getattr(value, "requires_grad", False)]
+    release(training)
+    return found
+
+
+def test_a_dispatcher_keeps_no_graph(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, kept_after_backward, merged(BASE, {"run_dir": str(tmp_path), "parallel": {"ep": 2}})) == [[], []]
+
+
 def count_host_waits(settings: dict[str, Any]) -> int:
     """Host reads of device values in one forward and backward of the model, as operations on a CPU show them."""
     import torch

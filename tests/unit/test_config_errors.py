@@ -52,7 +52,7 @@ RIGHT = [
     "megatron.moe_router_fusion=true model.backend=te",
     "megatron.moe_enable_routing_replay=true",
     "megatron.moe_router_force_load_balancing=true",
-    "megatron.moe_apply_probs_on_input=true moe.topk=1",
+    "megatron.moe_apply_probs_on_input=true moe.topk=1 model.backend=te",
     "moe.shared_expert_gate=true megatron.moe_shared_expert_overlap=true moe.shared_expert_ffn_hidden_size=32",
     "moe.pre_softmax=true",
     "moe.pre_softmax=true moe.topk=1",
@@ -194,6 +194,9 @@ WRONG = [
     ("megatron.moe_input_jitter_eps=-0.1", None, "megatron.moe_input_jitter_eps=-0.1", "above 0 and below 1"),
     ("megatron.moe_router_topk_scaling_factor=0.0", None, "megatron.moe_router_topk_scaling_factor=0.0", "a number above 0"),
     ("megatron.moe_apply_probs_on_input=true", None, "megatron.moe_apply_probs_on_input=true", "set moe.topk=1 (it is 2)"),
+    ("megatron.moe_apply_probs_on_input=true moe.topk=1", None, "megatron.moe_apply_probs_on_input=true", "set model.backend=te (it is auto)"),
+    ("megatron.window_size=[8,0]", None, "megatron.window_size=[8, 0]", "set model.backend=te (it is auto)"),
+    ("megatron.cuda_graph_impl=local", None, "megatron.cuda_graph_impl=local", "set model.backend=te (it is auto)"),
     ("megatron.moe_router_fusion=true model.backend=torch", None, "megatron.moe_router_fusion=true", "set model.backend=te"),
     ("megatron.moe_router_fusion=true megatron.moe_enable_routing_replay=true", None, "megatron.moe_router_fusion=true", "leave one of them out"),
     # routing: capacity and auxiliary losses

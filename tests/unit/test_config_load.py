@@ -15,7 +15,7 @@ model: {num_layers: 4, hidden_size: 64, ffn_hidden_size: 128, num_attention_head
 moe: {num_experts: 4, layers: [0, 2]}
 data: {mock: true, seq_length: 64}
 train: {steps: 10, global_batch_size: 8}
-megatron: {window_size: [8, 0]}
+megatron: {no_rope_freq: [0, 1]}
 """
 
 
@@ -41,7 +41,7 @@ def test_later_files_win_field_by_field(base, tmp_path):
     assert (config.moe.num_experts, config.moe.topk, config.moe.layers) == (4, 1, [1])
     assert (config.moe.adaptive.enabled, config.moe.adaptive.momentum) == (True, 0.9)
     assert (config.train.seed, config.train.steps) == (6, 10)
-    assert config.megatron == {"window_size": [8, 0], "softmax_scale": 0.5}
+    assert config.megatron == {"no_rope_freq": [0, 1], "softmax_scale": 0.5}
 
 
 def test_a_section_can_be_removed_and_added(base, tmp_path):
@@ -64,7 +64,7 @@ def test_a_section_can_be_removed_and_added(base, tmp_path):
     ("moe.adaptive={momentum: 0.1}", "moe.adaptive.momentum", 0.1),
     ("data.valid.held_out=x", "data.valid", {"held_out": [Source(path="x")]}),
     ("data.valid={a: [x, {path: y, weight: 2}]}", "data.valid", {"a": [Source(path="x"), Source(path="y", weight=2.0)]}),
-    ("megatron.softmax_scale=0.5", "megatron", {"window_size": [8, 0], "softmax_scale": 0.5}),
+    ("megatron.softmax_scale=0.5", "megatron", {"no_rope_freq": [0, 1], "softmax_scale": 0.5}),
     ("megatron={}", "megatron", {}),
     ("metrics.wandb=off", "metrics.wandb", "off"),
 ])

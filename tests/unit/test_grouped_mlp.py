@@ -48,6 +48,24 @@ def inputs(counts: list[int], dtype: torch.dtype, spare: int = 0) -> list[Tensor
     return [tensor.requires_grad_() for tensor in tensors]
 
 
+@pytest.mark.parametrize(("hidden", "width"), [(24, 41), (23, 40), (24, 40)], ids=["odd inner width", "odd hidden size", "no rows"])
+def test_what_the_grouped_kernel_cannot_take_is_computed_one_by_one(hidden: int, width: int) -> None:
+    """Rows that are not a multiple of 16 bytes, and a rank that receives no row at all."""
+    torch.manual_seed(3)
+    counts = [3, 0, 4] if (hidden, width) != (24, 40) else [0, 0, 0]
+    rows, weight1, weight2 = torch.randn(sum(counts), hidden), torch.randn(3, 2 * width, hidden), torch.randn(3, hidden, width)
+    tensors = [tensor.requires_grad_() for tensor in (rows, torch.rand(sum(counts)), weight1, weight2)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    assert not module._kernel_fits(rows, weight2)
+    output = grouped_mlp(*tensors, torch.tensor(counts).cumsum(0).int())
+    wanted = one_by_one(*exact, counts)
+    output.sum().backward()
+    wanted.sum().backward()
+    assert output.shape == wanted.shape and (not counts[0] or relative(output, wanted) < 2e-6)
+    for tensor, other in zip(tensors, exact, strict=True):
+        assert tensor.grad is not None and torch.allclose(tensor.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
+
+
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm().clamp(min=1e-12))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 from weakref import ref
@@ -105,3 +106,18 @@ def test_without_gradients_it_is_the_norm() -> None:
     plain, norm, hidden = _norm(RMSNorm), _norm(RecomputedRMSNorm), _hidden()
     with torch.no_grad(), norm.output_recomputed():
         assert torch.equal(norm(hidden), plain(hidden))
+
+
+@pytest.mark.parametrize("kernel", [RMSNorm.forward, torch.nn.RMSNorm.forward], ids=["written out", "torch's, as on a GPU"])
+def test_nothing_stays_when_a_micro_batch_is_done(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's norm saves an output of its own; a graph of it that is packed as it is and never gone through would stay for ever."""
+    monkeypatch.setattr(RMSNorm, "forward", kernel)
+    norm, readers, tokens = _norm(RecomputedRMSNorm), _readers(), 11  # a shape nothing else here has
+    for _ in range(3):
+        hidden = torch.randn(tokens, HIDDEN, requires_grad=True)
+        with norm.output_recomputed():
+            loss = _read(norm(hidden * 2), readers)
+        loss.backward()
+    del hidden, loss
+    gc.collect()
+    assert [tensor for tensor in gc.get_objects() if torch.is_tensor(tensor) and tensor.shape == (tokens, HIDDEN)] == []
