@@ -114,6 +114,7 @@ def _serve(tasks: Any, answers: Any) -> None:
 
     while True:
         function, args, rank, world_size, rendezvous = tasks.get()
+        os.environ["LOCAL_RANK"] = str(rank)  # its own GPU, where there are some
         try:
             torch.distributed.init_process_group(
                 device.backend(), init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=120)
