@@ -32,7 +32,7 @@ bench-train: .venv/installed  ## a training step against plain megatron-core and
 
 gpu: .venv/installed  ## on a machine with NVIDIA GPUs: the tests of kernels and host waits, then the training benchmark
 	@$(BIN)/python -m pytest -q tests/gpu tests/unit/test_grouped_mlp.py tests/unit/test_permutation.py \
-	    tests/distributed/test_experts.py tests/distributed/test_documents.py tests/distributed/test_output_loss.py tests/distributed/test_optimizer.py
+	    tests/distributed/test_experts.py tests/distributed/test_documents.py tests/distributed/test_output_loss_ranks.py tests/distributed/test_optimizer.py
 	@$(BIN)/python benchmarks/train_step.py $(TRAIN)
 
 test: .venv/installed lint unit test-312  ## everything CI runs: ruff, mypy, all tests, and tests/distributed on Python 3.12
