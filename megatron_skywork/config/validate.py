@@ -72,7 +72,7 @@ def _context_parallel(config: Config, world: int | None) -> Iterator[str]:
 @rule("parallel.cp", "data.reset_attention_mask")
 def _document_mask(config: Config, world: int | None) -> Iterator[str]:
     if config.parallel.cp > 1 and config.data.reset_attention_mask:
-        yield f"data.reset_attention_mask=true: attention within documents cannot be split over parallel.cp={config.parallel.cp}; set one of them back (false, or 1)"
+        yield f"data.reset_attention_mask=true: documents cannot be kept apart over parallel.cp={config.parallel.cp}; set one of them back (false, or 1)"
 
 
 # --- what is split ---------------------------------------------------------------------------------------------------------------------------

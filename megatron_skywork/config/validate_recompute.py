@@ -26,7 +26,7 @@ def _recompute_layers(config: Config, world: int | None) -> Iterator[str]:
         yield f"{shown} is above the {max(sizes)} layers of the largest stage; use 1 to {max(sizes)}, or leave it out for all"
     elif isinstance(asked, list) and len(asked) != stages:
         product = f"parallel.pp={p.pp}" + (f" * parallel.vpp={p.vpp} = {stages}" if p.vpp > 1 else "")
-        yield f"parallel.recompute_layers has {len(asked)} numbers, one per stage, and the number of stages is {stages} ({product}); for instance {sizes} for all layers"
+        yield f"parallel.recompute_layers has {len(asked)} numbers for {stages} stage(s) ({product}); for instance {sizes} for all layers"
     elif isinstance(asked, list) and len(sizes) == stages and any(more > size for more, size in zip(asked, sizes, strict=True)):
         fitting = [min(more, size) for more, size in zip(asked, sizes, strict=True)]
         yield f"{shown} is more than the stages hold, which is {sizes}; use for instance {fitting}"

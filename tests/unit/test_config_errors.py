@@ -246,7 +246,7 @@ WRONG = [
     ("parallel.recompute=full parallel.recompute_layers=[0,0] parallel.pp=2", None, "parallel.recompute_layers=[0, 0]", "set parallel.recompute=none"),
     ("parallel.recompute=full parallel.recompute_layers=-1", None, "parallel.recompute_layers=-1", "a whole number from 0 up or a list"),
     ("parallel.recompute=full parallel.recompute_layers=[1,-1] parallel.pp=2", None, "parallel.recompute_layers.1=-1", "a whole number from 0 up"),
-    ("parallel.recompute=full parallel.recompute_layers=[1,1]", None, "parallel.recompute_layers has 2 numbers, one per stage, and the number of stages is 1", "instance [4]"),
+    ("parallel.recompute=full parallel.recompute_layers=[1,1]", None, "parallel.recompute_layers has 2 numbers for 1 stage(s)", "instance [4]"),
     ("parallel.recompute=full parallel.recompute_layers=[1,1] parallel.pp=2 parallel.vpp=2", None, "parallel.recompute_layers has 2", "parallel.vpp=2 = 4"),
     ("parallel.recompute=full parallel.recompute_layers=[2,3] parallel.pp=2 parallel.layers_per_stage=[1,3]", None,
      "parallel.recompute_layers=[2, 3] is more than the stages hold, which is [1, 3]", "instance [1, 3]"),
