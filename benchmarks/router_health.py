@@ -25,6 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from costs import quartiles  # noqa: E402
+
 from megatron_skywork import device  # noqa: E402
 
 device.prepare()
@@ -202,14 +204,6 @@ def in_turns(functions: dict[str, Callable[[], Any]], repetitions: int, clock: C
             if turn >= 2:
                 times[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """25th, 50th and 75th percentile; of fewer than two values that value."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
 
 
 def measure(name: str, arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class CountTraffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.namespace == "_c10d_functional":
-            raise NotImplementedError(f"{func}: functional collectives are not counted here")
+            raise LookupError(f"{func}: functional collectives are not counted here")
         if func.namespace == "c10d":
             self._count(func._schema.name.removeprefix("c10d::"), args)
         return func(*args, **(kwargs or {}))
@@ -109,7 +109,7 @@ def _sent(name: str, args: Sequence[Any], group: ProcessGroup) -> tuple[str, flo
         return "gather", _bytes(args[1])
     if name == "scatter_":
         return "scatter", _bytes(args[1])
-    raise NotImplementedError(f"c10d::{name} is not known to the counter; say in scaling_traffic.py what a rank sends for it")
+    raise LookupError(f"c10d::{name} is not known to the counter; say in scaling_traffic.py what a rank sends for it")
 
 
 def _bytes(tensors: Any) -> int:

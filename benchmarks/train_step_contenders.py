@@ -21,6 +21,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def make_batches(work: Workload) -> list[list[Batch]]:
     return [[micro_batch() for _ in range(shape.micro_batches)] for _ in range(NUM_BATCHES)]
 
 
-class Contender:
+class Contender(ABC):
     """A model that is ready to take steps.
 
     Attributes:
@@ -75,8 +76,9 @@ class Contender:
         self._done += 1
         return self.train(self.batches[(self._done - 1) % NUM_BATCHES])
 
+    @abstractmethod
     def train(self, micro_batches: list[Batch]) -> float:
-        raise NotImplementedError
+        """One optimizer step on these; its loss."""
 
     @contextlib.contextmanager
     def balanced(self, wanted: bool) -> Iterator[None]:

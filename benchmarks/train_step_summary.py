@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from costs import quartiles
+
 from megatron_skywork.metrics.throughput import throughput
 
 # Theirs over ours, on a GPU and on CPU; and the most that the features may add.
@@ -99,11 +101,3 @@ def mfu_goal(result: dict[str, Any], rows: Sequence[dict[str, Any]], on_gpu: boo
     if not (on_gpu and is_layer and best):
         return None
     return {"goal": MFU_GOAL, **{row["contender"]: {"mfu": row["mfu"], "kept": row["kept"]} for row in best}}
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """25th, 50th and 75th percentile; of fewer than two values that value."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high

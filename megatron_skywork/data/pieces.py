@@ -28,7 +28,7 @@ import numpy as np
 # A piece of many characters is a table row or a run of Chinese, seldom seen twice. The memory is emptied when it is full: what is frequent comes back at once.
 _REMEMBERED_PIECES = 1 << 18
 _REMEMBERED_CHARACTERS = 48
-# A new piece costs about four times its share of one call for the whole text. Where more of a text's first pieces are new, only every eighth is learned.
+# A new piece alone costs several times its share of one call for the whole text. Where more of a text's first pieces are new, only every eighth is learned.
 _SAMPLED_PIECES = 256
 _MOST_NEW = 0.25
 _LEARNED_EVERY = 8

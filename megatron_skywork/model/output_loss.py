@@ -27,8 +27,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_skywork import device
 
-# fp32 bytes of one block. A GPU wants few and large kernels. On a CPU, measured with glibc: from 32 MiB on every block is fresh pages from the kernel, and
-# the same arithmetic takes three times as long.
+# fp32 bytes of one block. A GPU wants few and large kernels. On a CPU glibc takes blocks from 32 MiB on as fresh pages from the kernel, which cost more than
+# the arithmetic.
 BLOCK_BYTES = {"gpu": 256 * 2**20, "cpu": 8 * 2**20}
 _COLUMN_MULTIPLE = 64  # keeps rows of 16-bit blocks aligned for matrix units
 

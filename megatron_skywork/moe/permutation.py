@@ -17,7 +17,9 @@ Shapes: T tokens, E experts, R rows, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,66 +90,57 @@ def plan_rows(routing_map_TE: Tensor, num_rows: int) -> RowPlan:
 
 def to_rows(tokens_TH: Tensor, plan: RowPlan) -> Tensor:
     """Copy each token to its rows, [R, H]."""
-    return _ToRows.apply(tokens_TH, plan)
+    return _LinearMap.apply(tokens_TH, partial(_copied, plan), partial(_summed, plan))
 
 
 def from_rows(rows_RH: Tensor, plan: RowPlan) -> Tensor:
     """Sum each token's rows, [T, H]; a token without rows gets zeros."""
-    return _FromRows.apply(rows_RH, plan)
+    return _LinearMap.apply(rows_RH, partial(_summed, plan), partial(_copied, plan))
 
 
 def weights_of_rows(probs_TE: Tensor, plan: RowPlan) -> Tensor:
     """Each row's routing weight, [R]."""
-    return _WeightsOfRows.apply(probs_TE, plan)
+    return _LinearMap.apply(probs_TE, partial(_weights, plan), partial(_probs, plan))
 
 
-def _copy(tokens_TH: Tensor, plan: RowPlan) -> Tensor:
+def reorder_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """`rows[order]`, whose gradient is taken from its own place instead of being added up."""
+    return _LinearMap.apply(rows, lambda rows: rows.index_select(0, order), lambda grad: grad.index_select(0, inverse))
+
+
+def _copied(plan: RowPlan, tokens_TH: Tensor) -> Tensor:
     return tokens_TH.index_select(0, plan.token_of_row)
 
 
-def _sum(rows_RH: Tensor, plan: RowPlan) -> Tensor:
+def _summed(plan: RowPlan, rows_RH: Tensor) -> Tensor:
     tokens = plan.routing_map_TE.shape[0]
     if rows_RH.shape[0] == 0:  # everything was dropped
         return rows_RH.new_zeros(tokens, rows_RH.shape[1])
-    return torch.nn.functional.embedding_bag(plan.rows_of_tokens, rows_RH, plan.first_of_token, mode="sum")[:tokens]
+    return torch.nn.functional.embedding_bag(plan.rows_of_tokens, rows_RH.contiguous(), plan.first_of_token, mode="sum")[:tokens]
 
 
-class _ToRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tokens_TH: Tensor, plan: RowPlan) -> Tensor:
-        ctx.plan = plan
-        return _copy(tokens_TH, plan)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad_RH.contiguous(), ctx.plan), None
+def _weights(plan: RowPlan, probs_TE: Tensor) -> Tensor:
+    return probs_TE.flatten().index_select(0, plan.assignment_of_row)
 
 
-class _FromRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, plan: RowPlan) -> Tensor:
-        ctx.plan = plan
-        return _sum(rows_RH, plan)
+def _probs(plan: RowPlan, weights_R: Tensor) -> Tensor:
+    if weights_R.shape[0] == 0:
+        return weights_R.new_zeros(plan.routing_map_TE.shape)
+    return torch.where(plan.routing_map_TE, weights_R[plan.row_of_assignment_TE.clamp(0, weights_R.shape[0] - 1)], 0.0)
+
+
+class _LinearMap(torch.autograd.Function):
+    """A linear map that is given with its transpose, so that both ways are a gather."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None]:
-        return _copy(grad_TH, ctx.plan), None
-
-
-class _WeightsOfRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, probs_TE: Tensor, plan: RowPlan) -> Tensor:
-        ctx.plan = plan
-        return probs_TE.flatten().index_select(0, plan.assignment_of_row)
+    def forward(ctx: Any, tensor: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(tensor)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor, None]:
-        plan = ctx.plan
-        grad_TE = grad_R[plan.row_of_assignment_TE.clamp(0, max(grad_R.shape[0] - 1, 0))] if grad_R.shape[0] else grad_R.new_zeros(plan.routing_map_TE.shape)
-        return torch.where(plan.routing_map_TE, grad_TE, 0.0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
 def sort_runs(counts_SE: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -166,20 +159,3 @@ def sort_runs(counts_SE: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     here = torch.arange(num_rows, device=counts_SE.device)
     order = here + shift_ES.repeat_interleave(counts_ES, output_size=num_rows)
     return order, torch.empty_like(order).scatter_(0, order, here)
-
-
-def reorder_rows(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """`rows[order]`, whose gradient is taken from its own place instead of being added up."""
-    return _Reorder.apply(rows, order, inverse)
-
-
-class _Reorder(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return rows.index_select(0, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.inverse), None, None

@@ -237,6 +237,8 @@ WRONG = [
     ("parallel.recompute=selective parallel.recompute_modules=[]", None, "parallel.recompute_modules=[]", "recompute=none"),
     ("parallel.recompute=selective parallel.recompute_modules=[moe,moe]", None, "parallel.recompute_modules=['moe', 'moe']", "twice"),
     ("parallel.recompute=selective parallel.recompute_modules=[moe] moe=null", None, "parallel.recompute_modules names moe", "no moe section"),
+    ("parallel.recompute=selective parallel.recompute_modules=[layernorm] moe.shared_expert_ffn_hidden_size=64 megatron.moe_shared_expert_overlap=true", None,
+     "parallel.recompute_modules names layernorm", "leave one of the two out"),
     ("parallel.recompute=selective parallel.recompute_modules=[shared_experts]", None, "parallel.recompute_modules names shared", "moe.shared_expert_ffn"),
     ("parallel.recompute=selective parallel.recompute_modules=[router] moe=null", None, "parallel.recompute_modules names router", "no moe section"),
     ("parallel.recompute=selective parallel.recompute_modules=[moe,router]", None, "parallel.recompute_modules names moe", "covers router"),
