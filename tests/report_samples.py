@@ -30,7 +30,7 @@ ROUTER = {
 def step_record(step: int, **changes: Any) -> dict[str, Any]:
     record = {"kind": "step", "step": step, "time": 1000.0 + step, "loss": 3.0 - 0.01 * step, "grad_norm": 1.5, "learning_rate": 1e-3 / step}
     record |= {"tokens": 4096 * step, "tokens_per_second": 2000.0, "tflops_per_device": 1.5, "mfu": 0.38, "skipped": False}
-    record |= {"seconds": {"data": 0.01, "forward_backward": 1.0, "step": 1.1}, "router": ROUTER}
+    record |= {"seconds": {"data": 0.01, "forward_backward": 1.0, "step": 1.1}, "data_wait_share": 0.01, "router": ROUTER}
     return record | changes
 
 

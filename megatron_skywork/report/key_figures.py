@@ -75,7 +75,7 @@ def key_figures(run: Run) -> KeyFigures:
         tokens_per_second=_median(run.series("tokens_per_second")),
         tflops_per_device=_median(run.series("tflops_per_device")),
         mfu=_median(run.series("mfu")),
-        data_wait_share=_median(run.series("seconds.data") / run.series("seconds.step")),
+        data_wait_share=_median(run.series("data_wait_share")),
         seconds=_or_none(times[-1] - times[0]) if len(times) > 1 else None,
         **(_router_figures(run.router) if run.router else dict.fromkeys(("drop_rate", "max_over_mean", "dead_experts", "num_experts"))),
     )

@@ -44,7 +44,7 @@ def test_findings_name_the_layers_and_experts(tmp_path: Path):
 
 
 def test_findings_of_trouble(tmp_path: Path):
-    records = [step_record(step, loss=2.0 + 0.01 * step, seconds={"data": 0.5, "step": 1.0}) for step in range(1, 51)]
+    records = [step_record(step, loss=2.0 + 0.01 * step, seconds={"data": 0.5, "step": 1.0}, data_wait_share=0.5) for step in range(1, 51)]
     records[29] |= {"grad_norm": 60.0}
     records[39] |= {"loss": None, "skipped": True, "nonfinite": ["loss"]}
     folder = write_run(tmp_path, records)
