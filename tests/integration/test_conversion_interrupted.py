@@ -34,8 +34,10 @@ FILE_GIB = "2e-6"  # about 2 KiB: some twenty files
 NOISY = ["--num-experts", "4", "--noise", "0.1", "--file-gib", FILE_GIB]
 GRANULAR = ["--num-experts", "8", "--topk", "4", "--granularity", "2", "--shared-expert-ffn", "8", "--file-gib", FILE_GIB]
 # A child runs a command as a user does, after it has changed something: a finish that waits makes the moment of a kill certain.
+# A shell starts what runs in its background deaf to SIGINT, and everything below inherits that; a command at a terminal hears it.
 CHILD = """
-import os, sys, time, threading
+import os, signal, sys, time, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 sys.path.insert(0, "tools")
 import upcycle_dense, convert_checkpoint
