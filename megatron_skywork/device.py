@@ -120,6 +120,12 @@ def seconds_between(start: Any, end: Any) -> float:
     return start.elapsed_time(end) / 1000
 
 
+def wait_for(moment: Any) -> None:
+    """Until the device has come to this `moment`; what was queued after it goes on meanwhile."""
+    if has_gpu():
+        moment.synchronize()
+
+
 def peak_memory_bytes() -> int:
     """Most memory this process has held: allocator peak on a GPU, resident set on CPU."""
     if has_gpu():

@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_skywork import device
+from megatron_skywork import device, weight_gradients
 from megatron_skywork.model import attention, output_loss, rope
 from megatron_skywork.model.documents import Documents
 from megatron_skywork.model.norm import RMSNorm
@@ -144,3 +144,31 @@ def test_statistics_of_the_loss(dtype: torch.dtype) -> None:
     statistics = output_loss.block_statistics(block.to(device.current(), dtype), column.to(device.current()))
     wanted = torch.nn.functional.cross_entropy(block.to(dtype).double(), column, reduction="none")
     assert error(output_loss.losses_from(statistics), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_added_to_an_fp32_buffer(dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    buffer, grad, inputs = torch.randn(176, 64), torch.randn(70, 176).to(dtype), torch.randn(70, 64).to(dtype)
+    wanted = buffer.double() + grad.double().t() @ inputs.double()
+    there = buffer.to(device.current())
+    weight_gradients.accumulate(there, grad.to(device.current()), inputs.to(device.current()))
+    assert error(there, wanted) < 1e-6, "summed in fp32 and not rounded on the way"
+
+
+def test_experts_add_their_gradients_in_fp32() -> None:
+    torch.manual_seed(8)
+    counts, hidden, width = [70, 0, 33, 129], 64, 176
+    ends = torch.tensor(counts).cumsum(0).int().to(device.current())
+    tensors = [torch.randn(sum(counts), hidden), torch.rand(sum(counts)), torch.randn(4, 2 * width, hidden) / 8, torch.randn(4, hidden, width) / 13]
+    rows, probs, *weights = [
+        tensor.to(device.current(), torch.float32 if index == 1 else torch.bfloat16).requires_grad_() for index, tensor in enumerate(tensors)
+    ]
+    upstream = torch.randn_like(rows)
+    plain = torch.autograd.grad(grouped_mlp.grouped_mlp(rows, probs, *weights, ends), weights, upstream)
+    for weight in weights:
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    for _ in range(2):
+        grouped_mlp.grouped_mlp(rows, probs, *weights, ends, accumulates=True).backward(upstream)
+    for weight, gradient in zip(weights, plain, strict=True):
+        assert error(weight.main_grad, 2 * gradient.cpu().double()) < 4e-3
