@@ -30,10 +30,11 @@ bench-upcycle: .venv/installed  ## upcycling against plain writing on the same d
 bench-train: .venv/installed  ## a training step against plain megatron-core and transformers, minutes: TRAIN='--precision fp32' (benchmarks/train_step.py --help)
 	@$(BIN)/python benchmarks/train_step.py $(TRAIN)
 
-gpu: .venv/installed  ## on a machine with NVIDIA GPUs: the tests of kernels and host waits, then the training benchmark
-	@$(BIN)/python -m pytest -q tests/gpu tests/unit/test_grouped_mlp.py tests/unit/test_permutation.py \
+gpu: .venv/installed  ## on a machine with NVIDIA GPUs: the tests of kernels and host waits, then the benchmarks of training and memory
+	@$(BIN)/python -m pytest -q tests/gpu tests/unit/test_weight_gradients.py tests/unit/test_grouped_mlp.py tests/unit/test_permutation.py \
 	    tests/distributed/test_experts.py tests/distributed/test_documents.py tests/distributed/test_output_loss_ranks.py tests/distributed/test_optimizer.py
 	@$(BIN)/python benchmarks/train_step.py $(TRAIN)
+	@$(BIN)/python benchmarks/memory.py
 
 test: .venv/installed lint unit test-312  ## everything CI runs: ruff, mypy, all tests, and tests/distributed on Python 3.12
 	@echo "== closing lines"
