@@ -77,7 +77,7 @@ def describe_pair(prefix: str, tokenizer: Tokenizer | None = None) -> SideFile:
     paths = paths_of(prefix)
     if left := [str(path) for path in paths_of(f"{prefix}.partial").values() if path.exists()]:
         raise DataError(f"{paths['json']}: missing, and {', '.join(left)} beside it: tools/preprocess_data.py was stopped before this dataset was finished; "
-                        "write it again with --overwrite")
+                        "write it again with --overwrite, or remove these files if .bin and .idx are another program's")
     found = read_structure(paths["idx"], paths["bin"])
     eod_id = None if tokenizer is None or tokenizer.eos_id is None or not _documents_end_with(tokenizer.eos_id, paths, found) else tokenizer.eos_id
     return SideFile(

@@ -235,6 +235,11 @@ def test_the_index_is_read_in_parts(plain: str, monkeypatch: pytest.MonkeyPatch,
             struct.pack_into(form, damaged, begin + size * number, 10_000)
             path.write_bytes(damaged)
             assert refused(plain, start), (begin, number)
+    for number in range(2, NUM_DOCUMENTS):  # an end that goes back, wherever a part begins
+        damaged = bytearray(content)
+        struct.pack_into("<q", damaged, OFFSETS + 8 * number, number - 2)
+        path.write_bytes(damaged)
+        assert refused(plain, start), number
 
 
 def test_documents_of_several_sequences_pass(tmp_path: Path) -> None:
