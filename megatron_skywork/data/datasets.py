@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from megatron_skywork.config.schema import Config, Source
 from megatron_skywork.data.boundaries import document_lengths
 from megatron_skywork.data.index_cache import cached_arrays
-from megatron_skywork.data.indexed import SideFile
+from megatron_skywork.data.indexed import SideFile, paths_of, read_side_file
 from megatron_skywork.data.mock import MockDataset
 from megatron_skywork.data.order import SampleOrder
 from megatron_skywork.data.tokenizers import load_tokenizer
@@ -187,11 +187,10 @@ def _blend(config: Config, sources: Sequence[Source], key: str, split: Split) ->
         raise DataError(f"{key}: no dataset named; give the prefix of one")
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     sides = [check_dataset(source.path, config.model.vocab_size, tokenizer) for source in sources]
-    recorded = [(source.path, side) for source, side in zip(sources, sides, strict=True) if side.is_recorded]
     for source, side in zip(sources, sides, strict=True):
         _check_fit(config, key, source.path, side)
-    for path, side in recorded[1:]:
-        _check_same_tokenizer(key, path, side, *recorded[0])
+    recorded = [(source.path, side) for source, side in zip(sources, sides, strict=True) if side.is_recorded]
+    _check_same_tokenizer(key, [*_first_recorded(config.data.train), *recorded])
     datasets = [_open(config, source.path, side, split) for source, side in zip(sources, sides, strict=True)]
     order = SampleOrder([len(dataset) for dataset in datasets], [source.weight for source in sources], config.train.seed)
     return Blend(datasets, order)
@@ -211,10 +210,17 @@ def _check_fit(config: Config, key: str, path: str, side: SideFile) -> None:
         logger.warning("%s.json: missing; sizes and structure were checked, but neither the tokenizer that made this dataset nor its content can be", path)
 
 
-def _check_same_tokenizer(key: str, path: str, side: SideFile, first_path: str, first: SideFile) -> None:
-    if side.tokenizer_fingerprint != first.tokenizer_fingerprint:
-        raise DataError(f"{key}: {path} was made with {side.tokenizer_name} (fingerprint {str(side.tokenizer_fingerprint)[:12]}), {first_path} with "
-                        f"{first.tokenizer_name} ({str(first.tokenizer_fingerprint)[:12]}); a blend has one tokenizer: write one of them again")
+def _first_recorded(sources: Sequence[Source]) -> list[tuple[str, SideFile]]:
+    """The first dataset with a side file, if any: what says which tokenizer the others must have."""
+    return next(([(source.path, read_side_file(source.path))] for source in sources if paths_of(source.path)["json"].is_file()), [])
+
+
+def _check_same_tokenizer(key: str, recorded: Sequence[tuple[str, SideFile]]) -> None:
+    for path, side in recorded:
+        first_path, first = recorded[0]
+        if side.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise DataError(f"{key}: {path} was made with {side.tokenizer_name} (fingerprint {str(side.tokenizer_fingerprint)[:12]}), {first_path} with "
+                            f"{first.tokenizer_name} ({str(first.tokenizer_fingerprint)[:12]}); a run has one tokenizer: write one of them again")
 
 
 def _open(config: Config, path: str, side: SideFile, split: Split) -> OneEpochDataset:

@@ -32,7 +32,7 @@ _HASH_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class SideFile:
-    """Content of PREFIX.json. For a pair that another program wrote without one, `describe_pair` fills in what the .idx says, and leaves the rest None.
+    """Content of PREFIX.json. For a pair that another program wrote without one, `verification.describe` fills in what the .idx says, and leaves the rest None.
 
     Attributes:
         bin_bytes, idx_bytes: sizes of the two files.

@@ -8,6 +8,7 @@ token changed, so `datasets` holds every id that is read against the vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,11 +49,18 @@ def describe(prefix: str, tokenizer: Tokenizer | None = None) -> SideFile:
     """What is in a dataset, after making sure that its files belong together; `tokenizer` is asked where there is no side file.
 
     Raises:
-        DataError: a file is missing, cut off, or not what the others say.
+        DataError: a file is missing, unreadable, cut off, or not what the others say.
     """
+    try:
+        return _describe(prefix, tokenizer)
+    except OSError as error:
+        raise DataError(f"{error.filename or prefix}: cannot be read ({error.strerror or error})") from error
+
+
+def _describe(prefix: str, tokenizer: Tokenizer | None) -> SideFile:
     paths = paths_of(prefix)
     if not paths["json"].exists() and paths["bin"].is_file() and paths["idx"].is_file():
-        return describe_pair(prefix, tokenizer)
+        return _describe_pair(prefix, tokenizer)
     side = read_side_file(prefix)
     for kind, size in (("bin", side.bin_bytes), ("idx", side.idx_bytes)):
         if not paths[kind].is_file():
@@ -68,12 +76,8 @@ def describe(prefix: str, tokenizer: Tokenizer | None = None) -> SideFile:
     return side
 
 
-def describe_pair(prefix: str, tokenizer: Tokenizer | None = None) -> SideFile:
-    """A .bin and .idx without a side file: what the .idx says, and the end token of `tokenizer` where the documents carry it.
-
-    Raises:
-        DataError: the two do not belong together, or a run of tools/preprocess_data.py died before it had given all three files their names.
-    """
+def _describe_pair(prefix: str, tokenizer: Tokenizer | None) -> SideFile:
+    """A .bin and .idx without a side file: what the .idx says, and the end token of `tokenizer` where the documents carry it."""
     paths = paths_of(prefix)
     if left := [str(path) for path in paths_of(f"{prefix}.partial").values() if path.exists()]:
         raise DataError(f"{paths['json']}: missing, and {', '.join(left)} beside it: tools/preprocess_data.py was stopped before this dataset was finished; "
@@ -126,7 +130,7 @@ def verify_content(prefix: str, count: Callable[[int], None] | None = None) -> S
 def bytes_to_verify(prefixes: Sequence[str]) -> int:
     """What `verify_content` will read of these datasets, as far as they are there."""
     files = [path for prefix in prefixes for kind, path in paths_of(prefix).items() if kind != "json"]
-    return sum(path.stat().st_size for path in files if path.is_file())
+    return sum(os.path.getsize(path) for path in files if os.path.isfile(path))
 
 
 def _largest_id(path: Path, dtype: str, count: Callable[[int], None] | None) -> int:

@@ -195,7 +195,9 @@ def test_data_that_does_not_fit_is_refused_before_a_token_is_read(folder: Path, 
     refuse("data.valid.mine: .*short holds", {"valid": {"mine": short}, "seq_length": 4096}, build=build_valid_datasets)
     refuse("data.valid.mine: no dataset named", {"valid": {"mine": []}}, build=build_valid_datasets)
     refuse("a.json: token id .* beyond the model's vocabulary of 100", {"train": [a]}, vocab_size=100)
-    refuse("a blend has one tokenizer", {"train": [a, str(folder / "other_tokenizer")]})
+    refuse("a run has one tokenizer", {"train": [a, str(folder / "other_tokenizer")]})
+    other = {"train": [a], "valid": {"mine": [str(folder / "other_tokenizer")]}}
+    refuse("data.valid.mine: .*other_tokenizer was made with .*, .*/a with .*a run has one tokenizer", other, build=build_valid_datasets)
     refuse("a.json: made with another tokenizer", {"train": [a], "tokenizer": str(folder / "sp" / "tokenizer.model")})
     refuse("nowhere.json: no such file", {"train": [str(folder / "nowhere")]})
     assert take(data_config(tmp_path, {"train": [short], "tokenizer": str(folder / "tokenizer"), "seq_length": tokens - 1}), 2)
@@ -312,7 +314,7 @@ def test_a_pair_without_a_side_file_is_read_as_the_same_samples(folder: Path, tm
     for ours, theirs in zip(samples_of(plain.datasets[0]), samples_of(recorded.datasets[0]), strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     mixed = data_config(tmp_path, {"train": [str(tmp_path / "a"), str(folder / "b"), str(folder / "other_tokenizer")]})
-    with pytest.raises(DataError, match="a blend has one tokenizer"):
+    with pytest.raises(DataError, match="a run has one tokenizer"):
         build_train_dataset(mixed)
 
 

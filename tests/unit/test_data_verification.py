@@ -242,6 +242,14 @@ def test_the_index_is_read_in_parts(plain: str, monkeypatch: pytest.MonkeyPatch,
         assert refused(plain, start), number
 
 
+def test_a_name_that_no_file_can_have_is_answered_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    for prefix in ("x" * 5000, str(tmp_path / "folder"), "nowhere/at/all", ""):
+        for check in (start, verify_content):
+            with pytest.raises(DataError, match="cannot be read|no such file"):
+                check(prefix)
+
+
 def test_documents_of_several_sequences_pass(tmp_path: Path) -> None:
     """As Megatron-LM writes them with --split-sentences; an empty one has as many ends as the one before it."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
