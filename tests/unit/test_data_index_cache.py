@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_skywork.data import index_cache
-from megatron_skywork.data.file_lock import exclusive
 from megatron_skywork.data.index_cache import cached_arrays
 
 KINDS = ("documents", "samples")
@@ -84,7 +82,6 @@ def test_eight_processes_at_once_build_one_cache(tmp_path: Path) -> None:
 def test_eight_processes_without_locks_build_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a file system that has none: work is done eight times, and what is read is whole at every moment."""
     monkeypatch.setattr("megatron_skywork.data.file_lock._acquire", lambda descriptor, wait: False)
-    monkeypatch.setattr(index_cache, "exclusive", exclusive)
     children = [child(lambda: is_whole(cached_arrays(tmp_path / "cache", "x", KINDS, build)) or os._exit(2)) for _ in range(8)]
     assert [status_of(number) for number in children] == [0] * 8
     assert [name for name in names(tmp_path / "cache") if name != "x.lock"] == ["x-documents.npy", "x-samples.npy"]
