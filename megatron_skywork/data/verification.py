@@ -116,6 +116,8 @@ def verify_content(prefix: str, count: Callable[[int], None] | None = None) -> S
     side, paths = describe(prefix), paths_of(prefix)
     try:
         if not side.is_recorded:
+            if count is not None:
+                count(side.idx_bytes)  # `describe` has read it
             return dataclasses.replace(side, largest_token_id=_largest_id(paths["bin"], side.dtype, count))
         for kind, expected in (("bin", side.bin_sha256), ("idx", side.idx_sha256)):
             found = sha256_of(paths[kind], count)
