@@ -1,8 +1,8 @@
 """What a fault is to the suite: something that is done to a run, a number of times, and a count of what came of it.
 
-A module `tests/faults/*_faults.py` lists its faults in FAULTS. Each is a function that injects, looks, and counts; it never decides by exit code alone, but by what
-lies on the disk and what the next start does with it. A fault that must be caught has a control beside it: the same injection into a deliberately naive
-writer or reader, where the suite must find a loss, or it could not see one.
+A module `tests/faults/*_faults.py` lists its faults in FAULTS. Each is a function that injects, looks, and counts; it never decides by exit code alone, but
+by what lies on the disk and what the next start does with it. A fault that must be caught has a control beside it: the same injection into a deliberately
+naive writer or reader, where the suite must find a loss, or it could not see one.
 """
 
 from __future__ import annotations

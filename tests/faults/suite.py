@@ -64,8 +64,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         verdict = ("must be lost: caught" if row["control"] else "") if row["passed"] else "**FAILED**"
         lines.append(f"| {row['fault']} | {row['tried']} | {row['survived']} | {len(row['lost'])} | {'; '.join(filter(None, [verdict, row['note']]))} |")
     failed = [row for row in rows if not row.get("passed", True)]
+    nothing = ["nothing was tried, or nothing was lost where this control must lose something"]
     for row in failed:
-        lines += [f"{row['fault']}:", *(f"  {line}" for line in row["lost"][:10] or ["nothing was lost, and this control must lose something, or nothing was tried"])]
+        lines += [f"{row['fault']}:", *(f"  {line}" for line in (row["lost"][:10] if row["tried"] and not row["control"] else nothing))]
     return lines
 
 
