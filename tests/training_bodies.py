@@ -54,13 +54,14 @@ def train(settings: dict[str, Any]) -> None:
 
 def save_initial(settings: dict[str, Any]) -> None:
     """Write fresh weights as a checkpoint of step 0, for other layouts to start from."""
-    from megatron_skywork import checkpoint, parallel
+    from megatron_skywork import parallel
+    from megatron_skywork.checkpoint.save import save
     from megatron_skywork.config.schema import Config
     from megatron_skywork.train.training import Training
 
     config = Config(**settings)
     training = Training(config, parallel.start(config))
-    checkpoint.save(config, training.state, training.chunks, training.optimizer)
+    save(config, training.state, training.chunks, training.optimizer)
     release(training)
 
 

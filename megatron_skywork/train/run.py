@@ -98,7 +98,7 @@ class Status:
 
 def environment() -> dict[str, Any]:
     """Versions and machine of a run."""
-    from megatron_skywork.checkpoint import versions
+    from megatron_skywork.checkpoint.state import versions
 
     found = {distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions() if distribution.metadata["Name"]}
     return {

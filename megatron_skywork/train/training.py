@@ -12,8 +12,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator, init_num_microbatches_calculator
 
-from megatron_skywork import checkpoint, device, parallel
-from megatron_skywork.checkpoint import TrainState
+from megatron_skywork import device, parallel
+from megatron_skywork.checkpoint.folders import newest
+from megatron_skywork.checkpoint.load import load, load_weights
+from megatron_skywork.checkpoint.save import save
+from megatron_skywork.checkpoint.state import TrainState
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.loader import build_train_loader, build_valid_loaders
 from megatron_skywork.errors import CheckpointError, TrainingError
@@ -67,7 +70,7 @@ class Training:
 
     def _restore(self) -> tuple[TrainState, Path | None]:
         # One rank looks: another node's view of a shared folder may be a moment old, and all must load the same step.
-        choice: list[Any] = [checkpoint.newest(self.run_dir) if self.place.is_first_rank else None]
+        choice: list[Any] = [newest(self.run_dir) if self.place.is_first_rank else None]
         torch.distributed.broadcast_object_list(choice, src=0)
         folder, passed_over = choice[0]
         for line in passed_over if self.place.is_first_rank else []:
@@ -75,11 +78,11 @@ class Training:
         if folder is not None and self.config.checkpoint.resume == "none":
             raise CheckpointError(f"{folder} exists and checkpoint.resume is none; choose another run_dir, remove it, or set checkpoint.resume=auto")
         if folder is not None:
-            return checkpoint.load(self.config, folder, self.chunks, self.optimizer), folder
+            return load(self.config, folder, self.chunks, self.optimizer), folder
         if passed_over:
             raise CheckpointError("every checkpoint of this run is damaged; starting from nothing would hide that. Remove the checkpoints folder to do so")
         if self.config.checkpoint.init_from is not None:
-            checkpoint.load_weights(Path(self.config.checkpoint.init_from), self.chunks)
+            load_weights(Path(self.config.checkpoint.init_from), self.chunks)
             self.optimizer.reload_model_params()
         return TrainState(), None
 
@@ -172,7 +175,7 @@ class Training:
         """A checkpoint of this step."""
         started = time.perf_counter()
         with parameters_gathered(self.chunks):
-            folder = checkpoint.save(self.config, self.state, self.chunks, self.optimizer)
+            folder = save(self.config, self.state, self.chunks, self.optimizer)
         self.writers.event("save", self.state.step, folder=str(folder), seconds=time.perf_counter() - started)
 
     # ------------------------------------------------------------------------------------------------------------------------ questions
