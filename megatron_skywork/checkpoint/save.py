@@ -12,10 +12,8 @@ so that tensor, pipeline, expert and data parallelism may all be different at th
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from megatron_skywork.checkpoint.content import OPTIMIZER_LAYOUT, merged, random_states, sharded_weights
 from megatron_skywork.checkpoint.folders import folder_of, retain
-from megatron_skywork.checkpoint.state import TrainState, layout_of, versions
+from megatron_skywork.checkpoint.state import STATE_FILE, TrainState, describe_state
 from megatron_skywork.config.load import dump_config
 from megatron_skywork.config.schema import Config
 from megatron_skywork.convert.files.marker import write_marker
@@ -82,7 +80,7 @@ def save(config: Config, state: TrainState, chunks: list[Any], optimizer: Megatr
         dist_checkpointing.save(content, str(folder), sharded_strategy=InProcessSave())
         if is_writer:
             (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            (folder / "state.json").write_text(json.dumps({**asdict(state), "layout": layout_of(config), "versions": versions()}, indent=1), encoding="utf-8")
+            (folder / STATE_FILE).write_text(describe_state(config, state), encoding="utf-8")
             write_marker(folder)
             retain(Path(config.run_dir), config.checkpoint.keep, folder)
     torch.distributed.barrier()

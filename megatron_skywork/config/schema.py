@@ -20,6 +20,9 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 # bf16 keeps 8 significant bits, so half the distance to a neighbour is at most 2^-8 of a value; derived in adamw.py.
 LARGEST_BETA_BF16 = 1 - 2**-8
 
+# What `resume.mode` may be beside a path.
+RESUME_MODES = ("auto", "strict", "none")
+
 # Given as the context of a validation: check every value by itself, and leave out `Section.rules`.
 VALUES_ONLY = "values only"
 
@@ -290,10 +293,25 @@ class Checkpoint(Section):
     """What is loaded and what is kept."""
 
     init_from: str | None = Field(None, description="Folder whose weights (not optimizer or step) start a new run; ignored when the run resumes.")
-    resume: Literal["auto", "none"] = Field("auto", description="auto: go on from the newest complete checkpoint of the run folder, if any; none: refuse a folder that has one.")
     every: NonNegative = Field(0, description="Steps between saves; 0 means only at the end and on a stop.")
     keep: Positive = Field(2, description="Newest complete checkpoints that are kept.")
     save_at_end: bool = Field(True, description="Save after the last step.")
+
+
+class Resume(Section):
+    """How a run goes on from what was saved."""
+
+    mode: str = Field("auto", description="auto: go on from the newest checkpoint of the run folder that verifies, start where there never was one; strict: there must be one; none: refuse a folder that has one; a path: go on from exactly this checkpoint, also of another run.")
+    allow_change: list[str] = Field(default_factory=list, description="Settings that may differ from the checkpoint's although results then differ too: [optim.lr], or ['optim.*'].")
+
+    @field_validator("allow_change", mode="before")
+    @classmethod
+    def _allow_change(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.mode not in RESUME_MODES and "/" not in self.mode:
+            yield ("mode",), f"mode={self.mode} is neither {', '.join(RESUME_MODES)} nor the path of a checkpoint folder (a path has a / in it: ./{self.mode})"
 
 
 class Metrics(Section):
@@ -318,6 +336,7 @@ class Config(Section):
     optim: Optim = Field(default_factory=Optim, description="Optimizer and schedule.")
     train: Train = Field(description="Length, batch, precision, seed.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Loading and keeping.")
+    resume: Resume = Field(default_factory=Resume, description="Going on from what was saved.")
     metrics: Metrics = Field(default_factory=Metrics, description="Records.")
     megatron: dict[str, Any] = Field(default_factory=dict, description="Any field of megatron-core's TransformerConfig, passed through by name.")
 

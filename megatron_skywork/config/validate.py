@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_skywork.config import validate_recompute, validate_routing  # noqa: F401  they register their rules
+from megatron_skywork.config import resume_rules, validate_recompute, validate_routing  # noqa: F401  they register their rules
 from megatron_skywork.config.megatron_fields import megatron_problems
 from megatron_skywork.config.rules import RULES, divisors, listed, multiples_near, overlap, rule
 from megatron_skywork.config.schema import Config

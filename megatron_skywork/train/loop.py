@@ -15,8 +15,8 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
     settings = training.config.train
     saves = training.config.checkpoint
 
-    if training.resumed_from is not None:
-        training.writers.event("resume", training.state.step, folder=str(training.resumed_from))
+    if training.start.folder is not None:
+        training.writers.event("resume", training.state.step, **training.start.record())
     elif settings.eval_at_start:
         training.evaluate()
 

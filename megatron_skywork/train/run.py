@@ -85,9 +85,18 @@ class Status:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             _replace(self._run_dir / "config.yaml", dump_config(config))
             _replace(self._run_dir / "env.json", json.dumps(environment(), indent=1))
-            self.write("starting")
+            self.write("starting", before=self._before())
         except OSError as failure:
             raise ConfigError(f"run_dir={self._run_dir}: cannot be written ({failure.strerror}: {failure.filename}); choose a folder that can") from failure
+
+    def _before(self) -> dict[str, Any] | None:
+        """What an earlier process of this run left: whether there should be a checkpoint is read from it (train/resume.py)."""
+        try:
+            found = json.loads((self._run_dir / "run_status.json").read_text(encoding="utf-8"))
+            before = found.get("before") if found.get("status") == "starting" else {name: found.get(name) for name in ("status", "step")}
+            return before if isinstance(before, dict) else None
+        except (OSError, ValueError, AttributeError):
+            return None
 
     def write(self, status: str, **fields: Any) -> None:
         """Replace the status: starting, running, done, stopped (go on with the same command) or failed."""
@@ -103,7 +112,6 @@ def environment() -> dict[str, Any]:
     found = {distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions() if distribution.metadata["Name"]}
     return {
         **versions(),
-        "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: found[name] for name in PACKAGES if name in found},
         "device": device.name(),

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator, init_num_microbatches_calculator
 
 from megatron_skywork import device, parallel
-from megatron_skywork.checkpoint.folders import newest
 from megatron_skywork.checkpoint.load import load, load_weights
 from megatron_skywork.checkpoint.save import save
-from megatron_skywork.checkpoint.state import TrainState
+from megatron_skywork.checkpoint.state import HasState, TrainState
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.loader import build_train_loader, build_valid_loaders
-from megatron_skywork.errors import CheckpointError, TrainingError
+from megatron_skywork.errors import TrainingError
 from megatron_skywork.metrics.record import MetricBuffer
 from megatron_skywork.metrics.throughput import PhaseTimer, formulas, peak_tflops, throughput
 from megatron_skywork.metrics.writers import open_writers
@@ -29,6 +27,7 @@ from megatron_skywork.optim.build import build_optimizer
 from megatron_skywork.plan.flops import formula_text, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters
 from megatron_skywork.train.evaluate import evaluate
+from megatron_skywork.train.resume import find_start
 from megatron_skywork.train.step import Batch, StepResult, TrainStep
 
 
@@ -54,7 +53,9 @@ class Training:
         init_num_microbatches_calculator(place.rank, None, batch, config.train.micro_batch_size, place.dp_size)
         self.chunks = wrap_for_training(config, build_chunks(config))
         self.optimizer = build_optimizer(config, self.chunks)
-        self.state, self.resumed_from = self._restore()
+        self.start = find_start(config, place)
+        self.state = self._restore()
+        self._parts: dict[str, HasState] = {}
         self.step = TrainStep(config, self.chunks, self.optimizer, micro_batches, self.timer)
         self.train_loader: Iterator[Batch] = build_train_loader(
             config, dp_rank=place.dp, dp_size=place.dp_size, consumed_samples=self.state.samples, pin_memory=device.has_gpu()
@@ -63,28 +64,32 @@ class Training:
         self.buffer = MetricBuffer(device.current())
         self.refused_in_a_row = 0
         self._unrecorded_steps = 0
-        self.writers = open_writers(config, self.run_dir, resume_step=self.state.step if self.resumed_from else None)
+        self.writers = open_writers(config, self.run_dir, resume_step=None if self.start.folder is None else self.state.step)
         self._write_header()
+        if self.start.restart is not None:
+            self.writers.event("restart", 0, reason=self.start.restart)
 
     # ------------------------------------------------------------------------------------------------------------------------ start
 
-    def _restore(self) -> tuple[TrainState, Path | None]:
-        # One rank looks: another node's view of a shared folder may be a moment old, and all must load the same step.
-        choice: list[Any] = [newest(self.run_dir) if self.place.is_first_rank else None]
-        torch.distributed.broadcast_object_list(choice, src=0)
-        folder, passed_over = choice[0]
-        for line in passed_over if self.place.is_first_rank else []:
-            print(f"warning: passed over a damaged checkpoint: {line}", file=sys.stderr, flush=True)
-        if folder is not None and self.config.checkpoint.resume == "none":
-            raise CheckpointError(f"{folder} exists and checkpoint.resume is none; choose another run_dir, remove it, or set checkpoint.resume=auto")
-        if folder is not None:
-            return load(self.config, folder, self.chunks, self.optimizer), folder
-        if passed_over:
-            raise CheckpointError("every checkpoint of this run is damaged; starting from nothing would hide that. Remove the checkpoints folder to do so")
+    def _restore(self) -> TrainState:
+        if self.start.folder is not None:
+            state = load(self.config, self.start.folder, self.chunks, self.optimizer)
+            return replace(state, data=self.start.data, continues=self.start.continues or state.continues)
         if self.config.checkpoint.init_from is not None:
             load_weights(Path(self.config.checkpoint.init_from), self.chunks)
             self.optimizer.reload_model_params()
-        return TrainState(), None
+        return TrainState(data=self.start.data)
+
+    def remember(self, name: str, part: HasState) -> None:
+        """Save a part's state with the run's from now on, and give it what the checkpoint has of it.
+
+        Args:
+            name: of the part, in state.json under `extras`.
+            part: its state is plain JSON values, the same on every rank.
+        """
+        self._parts[name] = part
+        if name in self.state.extras:
+            part.load_state_dict(self.state.extras[name])
 
     def _write_header(self) -> None:
         config, count = self.config, count_parameters(self.config)
@@ -111,7 +116,8 @@ class Training:
         with self.timer.phase("step"):
             result = self.step(number, self.train_loader)
         samples = self.config.train.global_batch_size
-        self.state = TrainState(number, self.state.samples + samples, self.state.tokens + samples * self.config.data.seq_length)
+        tokens = self.state.tokens + samples * self.config.data.seq_length
+        self.state = replace(self.state, step=number, samples=self.state.samples + samples, tokens=tokens)
         self._unrecorded_steps += 1
         return result
 
@@ -174,6 +180,7 @@ class Training:
     def save(self) -> None:
         """A checkpoint of this step."""
         started = time.perf_counter()
+        self.state = replace(self.state, extras={name: part.state_dict() for name, part in self._parts.items()})
         with parameters_gathered(self.chunks):
             folder = save(self.config, self.state, self.chunks, self.optimizer)
         self.writers.event("save", self.state.step, folder=str(folder), seconds=time.perf_counter() - started)
