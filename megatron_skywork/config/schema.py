@@ -281,12 +281,29 @@ class Train(Section):
         True, description="In bf16 and fp16, keep logits for backward: 2 bytes per token and vocabulary entry of a rank; off, and always in fp32, they are computed again.")
     seed: NonNegative = Field(1234, le=2**31 - 1, description="Seed of weights, dropout and data order.")
     max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run stops.")
+    check_replicas: NonNegative = Field(
+        0, description="Steps between comparisons of the parameters that several ranks hold, by hash; a copy that differs ends the run and names the rank. 0 means never.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")
     time_limit_seconds: float | None = Field(None, gt=0, description="Save and stop when the process has run this long.")
     eval_every: NonNegative = Field(0, description="Steps between evaluations; 0 means only where asked at start and end.")
     eval_samples: Positive = Field(64, description="Sequences of each validation set that are evaluated.")
     eval_at_start: bool = Field(False, description="Evaluate before the first step.")
     eval_at_end: bool = Field(False, description="Evaluate after the last step.")
+
+
+class Spikes(Section):
+    """What is done about a step whose loss stands out above those before it."""
+
+    policy: Literal["off", "log", "skip", "rewind"] = Field(
+        "log", description="log: record it; skip: also leave the step's update out; rewind: go back to the newest checkpoint and pass over the data up to the spike.")
+    window: Positive = Field(128, description="Steps before it that a loss is compared with.")
+    threshold: float = Field(6.0, gt=0, description="Robust standard deviations above the window's median that make a spike (1.4826 times the median absolute deviation each).")
+    minimum_steps: Positive = Field(32, description="Nothing is a spike before the window holds so many losses.")
+    max_rewinds: NonNegative = Field(3, description="How often a run may go back; spikes after that are recorded only.")
+
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.minimum_steps > self.window:
+            yield ("minimum_steps", "window"), f"minimum_steps={self.minimum_steps} is above window={self.window}, which then never holds enough; raise window, or lower it"
 
 
 class Checkpoint(Section):
@@ -335,6 +352,7 @@ class Config(Section):
     data: Data = Field(default_factory=Data, description="Tokens.")
     optim: Optim = Field(default_factory=Optim, description="Optimizer and schedule.")
     train: Train = Field(description="Length, batch, precision, seed.")
+    spikes: Spikes = Field(default_factory=Spikes, description="Loss spikes.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Loading and keeping.")
     resume: Resume = Field(default_factory=Resume, description="Going on from what was saved.")
     metrics: Metrics = Field(default_factory=Metrics, description="Records.")

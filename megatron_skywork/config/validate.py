@@ -75,6 +75,13 @@ def _document_mask(config: Config, world: int | None) -> Iterator[str]:
         yield f"data.reset_attention_mask=true: documents cannot be kept apart over parallel.cp={config.parallel.cp}; set one of them back (false, or 1)"
 
 
+@rule("parallel.tp", "parallel.pp", "parallel.cp", "train.check_replicas")
+def _replicas(config: Config, world: int | None) -> Iterator[str]:
+    p, every = config.parallel, config.train.check_replicas
+    if every and world is not None and p.tp * p.cp == 1 and world == p.pp:
+        yield f"train.check_replicas={every}: with {world} rank{'s' if world > 1 else ''} and parallel.pp={p.pp} no parameter has a second copy; set it to 0"
+
+
 # --- what is split ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,8 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
     while not training.is_finished and stopped_by is None:
         result = training.train_one_step()
         training.log(result)
-        training.refuse_nonfinite(result)
+        if training.answer(result):
+            continue  # it went back to a checkpoint
 
         if training.is_due(settings.eval_every):
             training.evaluate()

@@ -17,7 +17,6 @@ from megatron_skywork.checkpoint.save import save
 from megatron_skywork.checkpoint.state import HasState, TrainState
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.loader import build_train_loader, build_valid_loaders
-from megatron_skywork.errors import TrainingError
 from megatron_skywork.metrics.record import MetricBuffer
 from megatron_skywork.metrics.throughput import PhaseTimer, formulas, peak_tflops, throughput
 from megatron_skywork.metrics.writers import open_writers
@@ -26,6 +25,7 @@ from megatron_skywork.moe.router_state import gather_router_metrics
 from megatron_skywork.optim.build import build_optimizer
 from megatron_skywork.plan.flops import formula_text, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters
+from megatron_skywork.train.answers import Answers, refuse_differing_copies
 from megatron_skywork.train.evaluate import evaluate
 from megatron_skywork.train.resume import find_start
 from megatron_skywork.train.step import Batch, StepResult, TrainStep
@@ -57,12 +57,12 @@ class Training:
         self.state = self._restore()
         self._parts: dict[str, HasState] = {}
         self.step = TrainStep(config, self.chunks, self.optimizer, micro_batches, self.timer)
-        self.train_loader: Iterator[Batch] = build_train_loader(
-            config, dp_rank=place.dp, dp_size=place.dp_size, consumed_samples=self.state.samples, pin_memory=device.has_gpu()
-        )
+        self.answers = Answers()
+        self.remember("losses", self.step.losses)
+        self.remember("answers", self.answers)
+        self.train_loader = self._open_loader()
         self.valid_loaders = build_valid_loaders(config, dp_rank=place.dp, dp_size=place.dp_size, pin_memory=device.has_gpu())
         self.buffer = MetricBuffer(device.current())
-        self.refused_in_a_row = 0
         self._unrecorded_steps = 0
         self.writers = open_writers(config, self.run_dir, resume_step=None if self.start.folder is None else self.state.step)
         self._write_header()
@@ -79,6 +79,12 @@ class Training:
             load_weights(Path(self.config.checkpoint.init_from), self.chunks)
             self.optimizer.reload_model_params()
         return TrainState(data=self.start.data)
+
+    def _open_loader(self) -> Iterator[Batch]:
+        """Micro-batches from where the run stands."""
+        return build_train_loader(
+            self.config, dp_rank=self.place.dp, dp_size=self.place.dp_size, consumed_samples=self.state.samples, pin_memory=device.has_gpu()
+        )
 
     def remember(self, name: str, part: HasState) -> None:
         """Save a part's state with the run's from now on, and give it what the checkpoint has of it.
@@ -157,20 +163,40 @@ class Training:
             record["router"] = gather_router_metrics(result.routers, parallel_state.get_pipeline_model_parallel_group())
         self.writers.step(record)
 
-    def refuse_nonfinite(self, result: StepResult) -> None:
-        """Count steps in a row that had to be refused, and stop the run when they are too many. fp16's loss scale looks for its level that way, and may.
+    def answer(self, result: StepResult) -> bool:
+        """Do what the settings say about a step whose numbers are wrong, see `answers.py`.
+
+        Returns:
+            whether the run went back to a checkpoint, whose step is then the last one that was done.
 
         Raises:
-            TrainingError: the limit is reached.
+            TrainingError: copies of parameters differ, or too many steps in a row were not finite.
         """
-        self.refused_in_a_row = 0 if result.applied or self.config.train.precision == "fp16" else self.refused_in_a_row + 1
-        limit = self.config.train.max_nonfinite_steps
-        if self.refused_in_a_row >= limit:
-            raise TrainingError(
-                f"{limit} steps in a row, up to step {self.state.step}, had a loss or gradient that is not finite "
-                f"(gradient norm {result.grad_norm}); none was applied. "
-                "Lower optim.lr, look at the data of these steps, or raise train.max_nonfinite_steps"
-            )
+        if result.verdict.num_differing:
+            refuse_differing_copies(self, self.step.replicas)
+        self.answers.nonfinite(self, result)
+        return result.verdict.spike is not None and self.answers.spike(self, result.verdict.spike)
+
+    def go_back(self, folder: Path) -> TrainState:
+        """Take up a checkpoint again, in this process, but go on in the data from where the run stands.
+
+        Returns:
+            what the checkpoint says.
+        """
+        with parameters_gathered(self.chunks):
+            saved = load(self.config, folder, self.chunks, self.optimizer)
+        for name, part in self._parts.items():
+            if name in saved.extras:
+                part.load_state_dict(saved.extras[name])
+        self.state = replace(self.state, step=saved.step)
+        self.train_loader = self._open_loader()
+        self.timer.take()
+        self._unrecorded_steps = 0
+        # What was recorded after the checkpoint did not happen, as on a resume.
+        self.writers.close()
+        self.writers = open_writers(self.config, self.run_dir, resume_step=saved.step)
+        self._write_header()
+        return saved
 
     def evaluate(self) -> None:
         """Loss on every validation set, and what routers and experts have to say, written."""
@@ -182,6 +208,8 @@ class Training:
         started = time.perf_counter()
         self.state = replace(self.state, extras={name: part.state_dict() for name, part in self._parts.items()})
         with parameters_gathered(self.chunks):
+            if self.config.train.check_replicas and self.step.replicas.are_any_differing():
+                refuse_differing_copies(self, self.step.replicas)
             folder = save(self.config, self.state, self.chunks, self.optimizer)
         self.writers.event("save", self.state.step, folder=str(folder), seconds=time.perf_counter() - started)
 

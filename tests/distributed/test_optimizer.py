@@ -34,8 +34,9 @@ def steps_of_both(settings: dict[str, Any]) -> dict[str, Any]:
         if whose != "ours":
             optimizer = training.optimizer
 
-            def theirs(optimizer: Any = optimizer) -> tuple[bool, float]:
+            def theirs(numbers: torch.Tensor, accepts: Any, optimizer: Any = optimizer) -> tuple[bool, float]:
                 applied, norm, _ = optimizer.step()
+                accepts(norm, numbers.tolist())
                 optimizer.zero_grad()
                 return bool(applied), norm
 
@@ -157,9 +158,9 @@ def overlapping_run(settings: dict[str, Any]) -> list[str]:
         calls.append("schedule")
         return run_schedule(*args, **kwargs)
 
-    def updated() -> tuple[bool, float]:
+    def updated(*args: Any) -> tuple[bool, float]:
         calls.append("update")
-        outcome = update()
+        outcome = update(*args)
         calls.append("updated")
         return outcome
 
