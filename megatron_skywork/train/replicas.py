@@ -11,8 +11,8 @@ two flips of the top bit of fp32, the worst case, and less for others.
 
 What is compared: dense parameters over data and context parallelism; those that tensor parallelism copies (norms, routers) over its ranks too, and with them
 the routers' coefficients, means and biases; experts over their own data parallelism. What cannot be: master weights and moments, which the distributed
-optimizer keeps once. A flip there reaches all copies alike at the next update. And that update writes every copy anew from the masters, so that a flip in a copy is there
-to be found until the end of its step: the comparison is made after forward and backward, before the update.
+optimizer keeps once. A flip there reaches all copies alike at the next update. And that update writes every copy anew from the masters, so that a flip in a
+copy is there to be found until the end of its step: the comparison is made after forward and backward, before the update.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import pytest
 from ranks import RankPool
 from training_bodies import BASE, merged, records, release, train
 
+
 def groups_after_a_step(settings: dict[str, Any]) -> list[tuple[float, list[int]]]:
     """Weight decay of each parameter group, and the dimensions of the model parameters it belongs to."""
     from megatron_skywork import parallel

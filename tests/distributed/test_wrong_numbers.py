@@ -184,10 +184,211 @@ def test_steps_in_a_row_that_are_not_finite_end_the_run_after_a_save(ranks: Rank
     # What was saved is the state after step 2, behind the data that failed; and the run goes on from it.
     clean = merged(settings, {"run_dir": str(tmp_path / "clean"), "train": {"stop_at_step": 2}, "checkpoint": {"save_at_end": True}})
     ranks.run(2, train, clean)
-    saved, expected = (item_digests(tmp_path / run / "checkpoints" / step) for run, step in (("run", "step_00000004"), ("clean", "step_00000002")))
-    assert {name: value for name, value in saved.items() if not name.startswith("rng")} == {name: value for name, value in expected.items() if not name.startswith("rng")}
+    folders = (tmp_path / "run" / "checkpoints" / "step_00000004", tmp_path / "clean" / "checkpoints" / "step_00000002")
+    saved, expected = ({name: value for name, value in item_digests(folder).items() if not name.startswith("rng")} for folder in folders)
+    assert saved == expected and any("exp_avg_sq" in name for name in saved)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json").read_text())
     assert (state["step"], state["samples"], state["extras"]["answers"]["refused_in_a_row"]) == (4, 32, 0)
     ranks.run(2, train, settings)
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert not any(record["skipped"] for record in records(tmp_path / "run")[4:])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ spikes
+
+SPIKES = {"window": 8, "minimum_steps": 4, "threshold": 20.0}
+
+
+def run_with_spikes(settings: dict[str, Any], at_samples: list[int], from_samples: int | None = None) -> list[list[str]]:
+    """Train to the end. The loss of a step that begins with one of these samples is 5 more than it should be; its gradient is right.
+
+    Args:
+        from_samples: where in the data to go on from, instead of where the checkpoint says.
+
+    Returns:
+        what each step changed.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from megatron_skywork import parallel
+    from megatron_skywork.config.load import check_config
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.train import step as train_step
+    from megatron_skywork.train.loop import train as loop
+    from megatron_skywork.train.signals import StopRequest
+    from megatron_skywork.train.training import Training
+
+    config = Config(**settings)
+    check_config(config, torch.distributed.get_world_size())
+    training = Training(config, parallel.start(config))
+    if from_samples is not None:
+        training.state = replace(training.state, samples=from_samples, tokens=from_samples * config.data.seq_length)
+        training.train_loader = training._open_loader()
+    one_step, masked_loss, changed = training.train_one_step, train_step.masked_loss, []
+
+    def watched() -> Any:
+        if training.state.samples in at_samples:
+            train_step.masked_loss = lambda mask, values: masked_loss(mask, values + 5.0)
+        before = everything(training)
+        result = one_step()
+        changed.append([name for name, value in everything(training).items() if before[name] != value])
+        train_step.masked_loss = masked_loss
+        return result
+
+    training.train_one_step = watched  # type: ignore[method-assign]
+    loop(training, StopRequest())
+    release(training)
+    return changed
+
+
+def events(run_dir: Path, *names: str) -> list[dict[str, Any]]:
+    return [event for event in records(run_dir, "event") if event["event"] in names]
+
+
+def test_a_spike_is_recorded_or_its_update_left_out_and_the_window_survives_a_resume(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(SHORT, {"train": {"steps": 7}, "parallel": {"pp": 2}})
+    found, changed = {}, {}
+    for policy in ("log", "skip"):
+        run = merged(settings, {"run_dir": str(tmp_path / policy), "spikes": {**SPIKES, "policy": policy}})
+        changed[policy] = ranks.run(2, run_with_spikes, run, [40])[1]
+        found[policy] = events(tmp_path / policy, "spike")
+    (spike,) = found["log"]
+    whole = losses(tmp_path / "log")
+    median = sorted(whole[:5])[2]
+    assert (spike["step"], spike["samples"], spike["answer"]) == (6, [40, 47], "recorded")
+    assert (spike["loss"], spike["median"]) == pytest.approx((whole[5], median), rel=1e-6)
+    assert spike["score"] == pytest.approx((whole[5] - median) / (1.4826 * sorted(abs(loss - median) for loss in whole[:5])[2]), rel=1e-4)
+    assert all(changed["log"]) and whole[:6] == losses(tmp_path / "skip")[:6], "what is recorded changes nothing"
+    assert [bool(names) for names in changed["skip"]] == [True] * 5 + [False, True]
+    assert [record["skipped"] for record in records(tmp_path / "skip")] == [False] * 5 + [True, False]
+
+    halves = merged(settings, {"run_dir": str(tmp_path / "halves"), "spikes": {**SPIKES, "policy": "skip"}})
+    ranks.run(2, run_with_spikes, merged(halves, {"train": {"stop_at_step": 5}}), [40])
+    ranks.run(2, run_with_spikes, halves, [40])
+    resumed = events(tmp_path / "halves", "spike")
+    assert [{**event, "time": 0} for event in resumed] == [{**event, "time": 0} for event in found["skip"]]
+    assert losses(tmp_path / "halves") == losses(tmp_path / "skip")
+
+
+def test_a_rewind_is_a_start_from_the_checkpoint_behind_the_spike(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(SHORT, ADAPTIVE, {"train": {"steps": 8}, "parallel": {"ep": 2, "overlap": True}, "checkpoint": {"every": 4, "keep": 9}})
+    rewinding = merged(settings, {"run_dir": str(tmp_path / "rewound"), "spikes": {**SPIKES, "policy": "rewind", "max_rewinds": 1}})
+    # The second one, in the first step after the rewind, finds none left.
+    ranks.run(2, run_with_spikes, rewinding, [40, 48])
+    found = events(tmp_path / "rewound", "spike", "rewind", "save")
+    assert [(event["event"], event["step"]) for event in found] == [("save", 4), ("rewind", 4), ("spike", 5), ("save", 8)]
+    assert (found[1]["passed_over"], found[1]["spike"]["step"], found[1]["spike"]["samples"]) == ([32, 47], 6, [40, 47])
+    assert found[2]["answer"] == "recorded; no rewind, spikes.max_rewinds=1 is reached"
+    assert [record["step"] for record in records(tmp_path / "rewound")] == list(range(1, 9))
+    assert [record["samples"] for record in records(tmp_path / "rewound")] == [8, 16, 24, 32, 56, 64, 72, 80]
+
+    # Another process, from the same checkpoint, put behind the spike by hand.
+    shutil.copytree(tmp_path / "rewound", tmp_path / "by hand")
+    shutil.rmtree(tmp_path / "by hand" / "checkpoints" / "step_00000008")
+    ranks.run(2, run_with_spikes, merged(settings, {"run_dir": str(tmp_path / "by hand"), "spikes": {**SPIKES, "policy": "log"}}), [40, 48], 48)
+    assert losses(tmp_path / "by hand") == losses(tmp_path / "rewound")
+    by_hand, rewound = (item_digests(tmp_path / name / "checkpoints" / "step_00000008") for name in ("by hand", "rewound"))
+    assert by_hand == rewound
+
+
+def test_a_rewind_without_a_checkpoint_goes_on(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(SHORT, {"run_dir": str(tmp_path), "train": {"steps": 6}, "spikes": {**SPIKES, "policy": "rewind"}})
+    ranks.run(1, run_with_spikes, settings, [40])
+    (spike,) = events(tmp_path, "spike")
+    assert spike["answer"] == "recorded; no rewind, there is no checkpoint to go back to" and len(losses(tmp_path)) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- replicas
+
+Flip = tuple[str, int, list[int], bool]
+FULL = {"model": {"qk_norm": True}, "moe": {"shared_expert_ffn_hidden_size": 16, "shared_expert_gate": True}}
+LAYOUTS: dict[str, tuple[dict[str, Any], list[Flip]]] = {
+    # Settings of four ranks; flips: the tensor, on which rank, who is to be named, and whether by a majority.
+    "dp4": (
+        {"train": {"precision": "fp32"}},
+        [("linear_qkv.weight", 2, [2], True), ("experts.weight2", 0, [0], True), ("final_layernorm.weight", 3, [3], True), ("router.weight", 1, [1], True)],
+    ),
+    "tp2 ep2": (
+        merged(ADAPTIVE, FULL, {"parallel": {"tp": 2, "ep": 2}}),
+        [
+            ("q_layernorm.weight", 2, [2], True), ("mlp.router.weight", 0, [0], True), ("shared_experts.gate_weight", 1, [1], True),
+            ("aux_coefficient", 3, [3], True), ("linear_proj.weight", 1, [1, 3], False), ("experts.weight1", 0, [0, 2], False),
+        ],
+    ),
+    "pp2, overlapping": (
+        merged(ADAPTIVE, {"parallel": {"pp": 2, "overlap": True}}),
+        [("experts.weight1", 3, [2, 3], False), ("word_embeddings.weight", 0, [0, 1], False)],
+    ),
+}
+
+
+def clean_steps_then_flips(settings: dict[str, Any], flips: list[Flip]) -> list[tuple[str, bool]]:
+    """Ten steps that compare and find nothing; then for each flip of one bit a step: how it ended, and whether it changed anything."""
+    import torch
+
+    from megatron_skywork import parallel
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.errors import TrainingError
+    from megatron_skywork.model.build import parameters_gathered, unwrap
+    from megatron_skywork.train.training import Training
+
+    config = Config(**settings)
+    training = Training(config, parallel.start(config))
+    for _ in range(10):
+        result = training.train_one_step()
+        assert result.applied and not training.answer(result)
+    answers, transformer = [], training.chunks[0].config
+    finalize = transformer.finalize_model_grads_func
+    for number, (ending, rank, _, _) in enumerate(flips):
+        named = [pair for chunk in training.chunks for pair in [*unwrap(chunk).named_parameters(), *unwrap(chunk).named_buffers()] if pair[0].endswith(ending)]
+
+        def flip(*, named: Any = named, rank: int = rank, number: int = number) -> None:
+            if training.place.rank == rank:
+                tensor = named[-1][1].detach().view(-1)
+                tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)[tensor.numel() // 2] ^= 1 << number  # another bit each time
+
+        def finalized(*args: Any, flip: Any = flip, **kwargs: Any) -> None:
+            finalize(*args, **kwargs)
+            flip()
+
+        transformer.finalize_model_grads_func = finalized
+        with parameters_gathered(training.chunks):
+            before, text = everything(training), ""
+        try:
+            training.answer(training.train_one_step())
+        except TrainingError as found:
+            text = str(found)
+        flip()
+        transformer.finalize_model_grads_func = finalize
+        answers.append((text, everything(training) != before))
+    result = training.train_one_step()
+    assert result.applied and not training.answer(result), "with the bits put back it goes on"
+
+    # A save compares too, after it has gathered what an overlapping run gathers later.
+    norm = unwrap(training.chunks[-1]).decoder.layers[-1].input_layernorm.weight
+    if training.place.rank == 3:
+        norm.detach().view(-1)[0] += 1
+    if config.parallel.overlap:
+        release(training)
+        return answers
+    with pytest.raises(TrainingError, match="copies of parameters differ"):
+        training.save()
+    release(training)
+    return answers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_bit_in_one_copy_is_found_and_named(ranks: RankPool, tmp_path: Path, layout: str) -> None:
+    more, flips = LAYOUTS[layout]
+    settings = merged(SHORT, {"parallel": {}}, more, {"run_dir": str(tmp_path), "train": {"check_replicas": 1}})
+    answers = ranks.run(4, clean_steps_then_flips, settings, flips)
+    assert all(answer == answers[0] for answer in answers), "every rank ends alike, and none has applied the step"
+    for (ending, _, named, by_majority), (text, changed), event in zip(flips, answers[0], events(tmp_path, "replicas"), strict=False):
+        assert not changed
+        outvoted = [suspect for suspect in event["suspects"] if suspect["outvoted"]]
+        assert [suspect["rank"] for suspect in outvoted or event["suspects"]] == named and bool(outvoted) == by_majority
+        assert all(suspect["num_tensors"] == 1 and ending.removesuffix(".weight").split(".")[0] in suspect["first"][0] for suspect in event["suspects"])
+        assert ("differs from the majority" in text) == by_majority and f"{named[0]} on " in text
+    assert len(events(tmp_path, "replicas")) == len(flips) + (not settings["parallel"].get("overlap")) and not (tmp_path / "checkpoints").exists()
