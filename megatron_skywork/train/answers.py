@@ -72,8 +72,8 @@ class Answers:
             sources = nonfinite_sources(run.chunks, run.optimizer, result.loss_sum)
             ranks = [source["rank"] for source in sources]
             run.writers.event("nonfinite", run.state.step, samples=_samples(run), what=list(verdict.nonfinite), ranks=ranks, sources=sources)
-        # fp16's loss scale looks for its level by gradients that overflow; a loss that is not finite is beyond its help.
-        counts = "loss" in verdict.nonfinite or (bool(verdict.nonfinite) and run.config.train.precision != "fp16")
+        # fp16's loss scale looks for its level by gradients that overflow, and may; a loss that is not finite is beyond its help.
+        counts = "loss" in verdict.nonfinite or (bool(verdict.nonfinite) and not _loss_scale_can_fall(run.optimizer))
         self.refused_in_a_row = self.refused_in_a_row + 1 if counts else 0
         limit = run.config.train.max_nonfinite_steps
         if self.refused_in_a_row >= limit:
@@ -123,6 +123,12 @@ def refuse_differing_copies(run: Run, replicas: ReplicaCheck) -> NoReturn:
         f"step {run.state.step}: copies of parameters differ: {described(suspects)}. Nothing of this step was saved; "
         "have the machine looked at, or leave it out, and start again: the run goes on from its newest checkpoint"
     )
+
+
+def _loss_scale_can_fall(optimizer: MegatronOptimizer) -> bool:
+    """Whether there is a loss scale, and a lower one to try."""
+    scalers = [part.grad_scaler for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    return any(scaler is not None and bool(scaler.scale > scaler.min_scale) for scaler in scalers)
 
 
 def _samples(run: Run) -> list[int]:

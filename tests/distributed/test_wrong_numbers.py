@@ -194,6 +194,34 @@ def test_steps_in_a_row_that_are_not_finite_end_the_run_after_a_save(ranks: Rank
     assert not any(record["skipped"] for record in records(tmp_path / "run")[4:])
 
 
+def overflowing_run(settings: dict[str, Any]) -> tuple[str, int]:
+    """A run in which an expert's gradient overflows at every step; how it ended, and after how many steps."""
+    from megatron_skywork import parallel
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.errors import TrainingError
+    from megatron_skywork.train.loop import train as loop
+    from megatron_skywork.train.signals import StopRequest
+    from megatron_skywork.train.training import Training
+
+    training = Training(Config(**settings), parallel.start(Config(**settings)))
+    try:
+        with poison(training, "one expert", INF):
+            loop(training, StopRequest())
+        text = "went on"
+    except TrainingError as stopped:
+        text = str(stopped)
+    step = training.state.step
+    release(training)
+    return text, step
+
+
+def test_fp16_may_look_for_its_loss_scale_but_not_for_ever(ranks: RankPool, tmp_path: Path) -> None:
+    settings = merged(SHORT, {"run_dir": str(tmp_path), "train": {"precision": "fp16", "steps": 30, "max_nonfinite_steps": 3}})
+    ((text, step),) = ranks.run(1, overflowing_run, settings)
+    # From 2^8 to 1, where megatron-core's scale ends; the first overflow is forgiven, and the last three count.
+    assert "3 steps in a row" in text and step == 1 + 8 + 2
+
+
 # ------------------------------------------------------------------------------------------------------------------------------ spikes
 
 SPIKES = {"window": 8, "minimum_steps": 4, "threshold": 20.0}
