@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 import torch.utils._device
 
@@ -119,11 +120,41 @@ def seconds_between(start: Any, end: Any) -> float:
     return start.elapsed_time(end) / 1000
 
 
+def wait_for(moment: Any) -> None:
+    """Until the device has come to this `moment`; what was queued after it goes on meanwhile."""
+    if has_gpu():
+        moment.synchronize()
+
+
 def peak_memory_bytes() -> int:
     """Most memory this process has held: allocator peak on a GPU, resident set on CPU."""
     if has_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_memory_bytes() -> int:
+    """Memory of this process's GPU, or of the machine."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if has_gpu() else psutil.virtual_memory().total
+
+
+def allocated_bytes() -> int:
+    """Memory that tensors hold now: the allocator's count on a GPU, resident set on CPU."""
+    if has_gpu():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
+
+
+def forget_peak_memory() -> None:
+    """Begin `peak_memory_bytes` anew and hand unused memory back, so that what follows is measured by itself. A CPU's peak cannot be forgotten."""
+    if has_gpu():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def reserved_peak_bytes() -> int:
+    """Most memory the allocator has taken from the device, used or not; on CPU the same as `peak_memory_bytes`."""
+    return torch.cuda.max_memory_reserved() if has_gpu() else peak_memory_bytes()
 
 
 def rng_state() -> dict[str, torch.Tensor]:

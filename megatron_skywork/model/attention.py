@@ -45,7 +45,8 @@ def document_attention(
     query_SBND: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, documents: Documents, dropout: float, scale: float | None
 ) -> Tensor:
     """Each token over itself and the ones before it in its own document, [S, B, N * D]."""
-    varlen_attn = _variable_length_kernel(query_SBND.dtype, query_SBND.shape[-1], dropout)
+    shared = query_SBND.shape[2] != key_SBGD.shape[2]
+    varlen_attn = _variable_length_kernel(query_SBND.dtype, query_SBND.shape[-1], dropout, shared)
     if varlen_attn is None:
         return _one_by_one(query_SBND, key_SBGD, value_SBGD, documents, dropout, scale)
     packed = [tensor.transpose(0, 1).flatten(0, 1) for tensor in (query_SBND, key_SBGD, value_SBGD)]
@@ -57,7 +58,7 @@ def document_attention(
         documents.longest,
         scale=scale,
         window_size=(-1, 0),
-        enable_gqa=query_SBND.shape[2] != key_SBGD.shape[2],
+        **({"enable_gqa": True} if shared else {}),
     )
     return output_TND.unflatten(0, (query_SBND.shape[1], -1)).flatten(2).transpose(0, 1).contiguous()
 
@@ -73,20 +74,25 @@ def _one_sequence(query_S1ND: Tensor, key_S1GD: Tensor, value_S1GD: Tensor, leng
     return torch.cat([causal_attention(query, key, value, dropout, scale) for query, key, value in parts])
 
 
-def _variable_length_kernel(dtype: torch.dtype, width: int, dropout: float) -> Callable[..., Any] | None:
-    """Torch's flash attention over documents of any length in one launch, if it can do this: half precision, widths a multiple of 8 up to 256, no dropout."""
+def _variable_length_kernel(dtype: torch.dtype, width: int, dropout: float, shared: bool) -> Callable[..., Any] | None:
+    """Torch's flash attention over documents of any length in one launch, if it can do this: half precision, widths a multiple of 8 up to 256, no dropout.
+
+    Args:
+        shared: queries share keys, which torch's kernel knows from 2.12 on.
+    """
     fits = dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256 and dropout == 0
-    return _varlen_attn() if fits and device.has_flash_attention() else None
+    return _varlen_attn(shared) if fits and device.has_flash_attention() else None
 
 
 @lru_cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    """`torch.nn.attention.varlen.varlen_attn`, from the version on that is causal by a window and shares keys; older ones have another signature."""
+def _varlen_attn(shared: bool) -> Callable[..., Any] | None:
+    """`torch.nn.attention.varlen.varlen_attn`, from the version on that is causal by a window (2.11); older ones have another signature."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters) else None
+    needed = {"window_size", "enable_gqa"} if shared else {"window_size"}
+    return varlen_attn if needed <= set(inspect.signature(varlen_attn).parameters) else None
 
 
 class TorchCoreAttention(MegatronModule):

@@ -21,6 +21,7 @@ from megatron_skywork.model.layer_spec import block_spec
 from megatron_skywork.model.transformer_config import choose_backend, recomputing_first, transformer_config
 from megatron_skywork.moe.transformer_config import SkyworkTransformerConfig
 from megatron_skywork.plan.stages import recomputed_layers
+from megatron_skywork.weight_gradients import accumulate_in
 
 
 def build_chunks(config: Config, transformer: SkyworkTransformerConfig | None = None) -> list[GPTModel]:
@@ -96,6 +97,8 @@ def wrap_for_training(config: Config, chunks: list[GPTModel]) -> list[Distribute
     )
     wrapped = []
     for chunk in chunks:
+        if config.megatron.get("gradient_accumulation_fusion", True):
+            accumulate_in(chunk, transformer.params_dtype)
         module: torch.nn.Module = Float16Module(transformer, chunk) if config.train.precision != "fp32" else chunk
         # Bucketing stays on for every chunk. Turned off, megatron-core coalesces bf16 weights and fp32 routers into one collective, and gloo mixes them up.
         wrapped.append(DistributedDataParallel(transformer, data_parallel, module))

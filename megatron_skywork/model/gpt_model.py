@@ -46,6 +46,7 @@ class OutputLayer(ColumnParallelLinear):
             first_entry=self.tp_group.rank() * self.output_size_per_partition,
             tp_group=self.tp_group,
             keep_logits=self.keep_logits,
+            accumulates=self.gradient_accumulation_fusion,
         )
         return loss_T.view_as(labels_SB), None
 

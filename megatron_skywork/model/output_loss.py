@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_skywork import device
+from megatron_skywork.weight_gradients import accumulate, accumulated, is_accumulated
 
 # fp32 bytes of one block. A GPU wants few and large kernels. On a CPU glibc takes blocks from 32 MiB on as fresh pages from the kernel, which cost more than
 # the arithmetic.
@@ -41,6 +42,7 @@ def output_losses(
     first_entry: int = 0,
     tp_group: ProcessGroup | None = None,
     keep_logits: bool = True,
+    accumulates: bool = False,
     block_bytes: int | None = None,
 ) -> Tensor:
     """Cross-entropy of every token in fp32, [T].
@@ -54,12 +56,14 @@ def output_losses(
         first_entry: vocabulary entry of the weight's first row.
         tp_group: ranks that share the vocabulary; None is this rank alone.
         keep_logits: keep 16-bit logits for backward rather than computing them again.
+        accumulates: add the weight's gradient to its buffer (see weight_gradients.py).
         block_bytes: bound of a block's fp32 logits; unset means BLOCK_BYTES of this device.
     """
     if block_bytes is None:
         block_bytes = BLOCK_BYTES["gpu" if device.has_gpu() else "cpu"]
     keep = keep_logits and hidden_TH.dtype != torch.float32 and torch.is_grad_enabled()
-    return _OutputLosses.apply(hidden_TH, weight_VH, labels_T - first_entry, tp_group, keep, block_columns(len(hidden_TH), block_bytes))
+    columns = block_columns(len(hidden_TH), block_bytes)
+    return _OutputLosses.apply(hidden_TH, weight_VH, labels_T - first_entry, tp_group, keep, columns, accumulates and is_accumulated(weight_VH))
 
 
 def block_columns(num_tokens: int, block_bytes: int) -> int:
@@ -114,7 +118,9 @@ class _OutputLosses(torch.autograd.Function):
     """The walk over blocks, forward and backward; see `output_losses`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, column_T: Tensor, tp_group: ProcessGroup | None, keep: bool, columns: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, column_T: Tensor, tp_group: ProcessGroup | None, keep: bool, columns: int, accumulates: bool
+    ) -> Tensor:
         statistics, kept = [], []
         for first, block_VH in _blocks(weight_VH, columns):
             logits_TV = hidden_TH @ block_VH.t()
@@ -123,7 +129,7 @@ class _OutputLosses(torch.autograd.Function):
                 kept.append(logits_TV)
         statistics_3T = _over_ranks(merge_statistics(torch.stack(statistics)), tp_group)
         loss_T = losses_from(statistics_3T)
-        ctx.columns = columns
+        ctx.columns, ctx.accumulates = columns, accumulates
         ctx.save_for_backward(hidden_TH, weight_VH, column_T, statistics_3T, loss_T, *kept)
         return loss_T
 
@@ -131,13 +137,17 @@ class _OutputLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, column_T, statistics_3T, loss_T, *kept = ctx.saved_tensors
         hidden_gradient_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
-        weight_gradient_VH = torch.empty_like(weight_VH)
+        weight_gradient_VH = accumulated(weight_VH) if ctx.accumulates else torch.empty_like(weight_VH)
         for index, (first, block_VH) in enumerate(_blocks(weight_VH, ctx.columns)):
             logits_TV = kept[index] if kept else hidden_TH @ block_VH.t()
             gradient_TV = block_gradient(logits_TV, column_T - first, statistics_3T, loss_T, gradient_T)
-            torch.mm(gradient_TV.t(), hidden_TH, out=weight_gradient_VH[first : first + len(block_VH)])
+            rows = slice(first, first + len(block_VH))
+            if ctx.accumulates:
+                accumulate(weight_VH.main_grad[rows], gradient_TV, hidden_TH)
+            else:
+                torch.mm(gradient_TV.t(), hidden_TH, out=weight_gradient_VH[rows])
             hidden_gradient_TH += gradient_TV @ block_VH
-        return hidden_gradient_TH.to(hidden_TH.dtype), weight_gradient_VH, None, None, None, None
+        return hidden_gradient_TH.to(hidden_TH.dtype), weight_gradient_VH, None, None, None, None, None
 
 
 def _blocks(weight_VH: Tensor, columns: int) -> list[tuple[int, Tensor]]:

@@ -153,6 +153,7 @@ def _precision(config: Config, backend: str) -> dict[str, Any]:
         "fp16": dtype is torch.float16,
         # Losses are summed over tokens and divided once by all tokens of the global batch, so that its split into micro-batches and ranks does not show.
         "calculate_per_token_loss": True,
+        # Whoever is wrapped for training is told then: outside it there are no buffers to add to.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": fused,

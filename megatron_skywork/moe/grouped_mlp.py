@@ -27,9 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from megatron_skywork import device
 from megatron_skywork.moe.swiglu import weighted_swiglu, weighted_swiglu_backward
+from megatron_skywork.weight_gradients import accumulate, accumulated, is_accumulated
 
 
-def grouped_mlp(rows_RH: Tensor, probs_R: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_mlp(rows_RH: Tensor, probs_R: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, ends_E: Tensor, accumulates: bool = False) -> Tensor:
     """Output of every row's expert, weighted, [R, H].
 
     Args:
@@ -37,18 +38,23 @@ def grouped_mlp(rows_RH: Tensor, probs_R: Tensor, weight1_E2FH: Tensor, weight2_
         probs_R: their routing weights, fp32.
         weight1_E2FH, weight2_EHF: gate and up projection (the gate's rows first), and down projection.
         ends_E: int32, index after the last row of each expert, on the device of the rows.
+        accumulates: add the gradients of the weights to their buffers, if they have some.
     """
-    return _GroupedMLP.apply(rows_RH, probs_R, weight1_E2FH, weight2_EHF, ends_E)
+    accumulates = accumulates and is_accumulated(weight1_E2FH) and is_accumulated(weight2_EHF)
+    return _GroupedMLP.apply(rows_RH, probs_R, weight1_E2FH, weight2_EHF, ends_E, accumulates)
 
 
 class _GroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RH: Tensor, probs_R: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_RH: Tensor, probs_R: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, ends_E: Tensor, accumulates: bool
+    ) -> Tensor:
         runs = ends_E if _kernel_fits(rows_RH, weight2_EHF) else _runs(ends_E)
         hidden_R2F = rows_by_weights(rows_RH, weight1_E2FH.mT, runs)
         output_RH = rows_by_weights(weighted_swiglu(hidden_R2F, probs_R), weight2_EHF.mT, runs)
         ctx.save_for_backward(rows_RH, hidden_R2F, probs_R, weight1_E2FH, weight2_EHF, ends_E)
         ctx.runs = None if isinstance(runs, Tensor) else runs
+        ctx.accumulates, ctx.ends_on_host = accumulates, LateRead(ends_E) if accumulates and ctx.runs is None else None
         return output_RH
 
     @staticmethod
@@ -59,10 +65,39 @@ class _GroupedMLP(torch.autograd.Function):
         grad_RH = grad_RH.contiguous()
         grad_activation_RF = rows_by_weights(grad_RH, weight2_EHF, runs)
         grad_hidden_R2F, grad_probs_R, activation_RF = weighted_swiglu_backward(hidden_R2F, probs_R, grad_activation_RF)
-        grad_weight2 = rows_by_rows(grad_RH, activation_RF, runs) if ctx.needs_input_grad[3] else None
         grad_rows = rows_by_weights(grad_hidden_R2F, weight1_E2FH, runs) if ctx.needs_input_grad[0] else None
+        grad_probs = grad_probs_R if ctx.needs_input_grad[1] else None
+        if ctx.accumulates:
+            slices = ctx.runs or _slices(ctx.ends_on_host.read())
+            added1, added2 = _accumulate_runs(weight1_E2FH, grad_hidden_R2F, rows_RH, slices), _accumulate_runs(weight2_EHF, grad_RH, activation_RF, slices)
+            return grad_rows, grad_probs, added1, added2, None, None
         grad_weight1 = rows_by_rows(grad_hidden_R2F, rows_RH, runs) if ctx.needs_input_grad[2] else None
-        return grad_rows, grad_probs_R if ctx.needs_input_grad[1] else None, grad_weight1, grad_weight2, None
+        grad_weight2 = rows_by_rows(grad_RH, activation_RF, runs) if ctx.needs_input_grad[3] else None
+        return grad_rows, grad_probs, grad_weight1, grad_weight2, None, None
+
+
+class LateRead:
+    """A small tensor on its way to the host, read when the device has long got past it: the host then waits for nothing that it could have queued meanwhile.
+
+    Between a layer's forward and its backward lie the rest of the forward pass and the first part of the backward; when the host comes to read, the device
+    still has most of that before it.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._arrived = device.moment()
+
+    def read(self) -> list[int]:
+        device.wait_for(self._arrived)
+        return self._copy.tolist()
+
+
+def _accumulate_runs(weight_EOI: Tensor, left_RO: Tensor, right_RI: Tensor, runs: list[slice]) -> Tensor:
+    """left^T right of each run, added to its expert's part of the buffer: a product for each expert, since torch's grouped one cannot add."""
+    for expert, run in enumerate(runs):
+        if run.stop > run.start:
+            accumulate(weight_EOI.main_grad[expert], left_RO[run], right_RI[run])  # type: ignore[attr-defined]
+    return accumulated(weight_EOI)
 
 
 # torch offers the grouped product from 2.10 on.
@@ -104,5 +139,8 @@ def _kernel_fits(rows_RH: Tensor, weight2_EHF: Tensor) -> bool:
 
 
 def _runs(ends_E: Tensor) -> list[slice]:
-    ends = ends_E.tolist()
+    return _slices(ends_E.tolist())
+
+
+def _slices(ends: list[int]) -> list[slice]:
     return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]

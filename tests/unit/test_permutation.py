@@ -115,8 +115,8 @@ def test_nothing_waits_for_the_device() -> None:
         sort_runs(torch.tensor([[1, 2], [3, 4]]), 10)
     assert reads.found == []
     with HostReads() as reads:
-        permute(hidden, routing_map, probs=probs)
-    assert reads.found, "megatron-core's selection by the map does, so this test can see it"
+        hidden.masked_select(routing_map[:, :1])
+    assert reads.found, "a selection by a mask does, so this test can see it"
 
 
 @pytest.mark.parametrize(("sources", "experts"), [(1, 3), (4, 1), (3, 5), (2, 2)])
