@@ -200,3 +200,48 @@ def differences(expected: Path, found: Path, step: int, first: int = 1) -> list[
         differing += [f"step {one['step']} {name}" for name in FIELDS if one.get(name) != other.get(name)]
     one_state, other_state = state_of(expected, step), state_of(found, step)
     return differing + [name for name in sorted({*one_state, *other_state}) if one_state.get(name) != other_state.get(name)]
+
+
+def load_and_save(settings: dict[str, Any], to: str) -> None:
+    """Load the newest checkpoint, and save it again, unchanged, in another run's folder."""
+    from megatron_skywork import parallel
+    from megatron_skywork.checkpoint.save import save
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.train.training import Training
+
+    config = Config(**settings)
+    training = Training(config, parallel.start(config))
+    save(Config(**{**settings, "run_dir": to}), training.state, training.chunks, training.optimizer)
+    release(training)
+
+
+def next_random_numbers(settings: dict[str, Any]) -> list[float]:
+    """What the first step of a start would draw: from Python's, NumPy's and torch's generators and those of megatron-core's tracker."""
+    import numpy
+    import torch
+    from megatron.core import tensor_parallel
+
+    from megatron_skywork import parallel
+    from megatron_skywork.config.schema import Config
+    from megatron_skywork.train.training import Training
+
+    config = Config(**settings)
+    training = Training(config, parallel.start(config))
+    drawn = [random.random(), float(numpy.random.random()), float(torch.rand(()))]
+    for name in sorted(tensor_parallel.get_cuda_rng_tracker().get_states()):
+        with tensor_parallel.get_cuda_rng_tracker().fork(name):
+            drawn.append(float(torch.rand(())))
+    release(training)
+    return drawn
+
+
+def whole_tensors(folder: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint, put together from its pieces."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(entry.size, dtype=entry.properties.dtype) for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    torch.distributed.checkpoint.load(tensors, storage_reader=FileSystemReader(folder), no_dist=True)
+    return tensors

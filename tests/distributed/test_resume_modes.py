@@ -13,7 +13,9 @@ from ranks import RankPool
 from resume_bodies import differences, live
 from training_bodies import BASE, merged, records, reseal
 
+from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import CheckpointError, ConfigError
+from megatron_skywork.train.run import Status
 
 TINY = merged(
     BASE, {"model": {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 16}, "train": {"steps": 4, "global_batch_size": 2}},
@@ -113,6 +115,14 @@ def test_fresh_weights_never_take_the_place_of_lost_ones(ranks: RankPool, done: 
         (tmp_path / "status" / "run_status.json").write_text(json.dumps({"status": status, "step": step}))
         answer = ranks.run(1, attempt, _settings(done, tmp_path / "status", {"checkpoint": {"save_at_end": False, "every": 0}}))[0]
         assert (answer is not None and f"run_status.json says {status} at step {step}" in answer) == refused, (status, step, answer)
+    # A process that starts replaces the status, and one that dies then must not have wiped out what the one before said.
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "run_status.json").write_text(json.dumps({"status": "stopped", "step": 3}))
+        for _ in range(1 if run == "first" else 2):
+            Status(tmp_path / run, is_writer=True).begin(Config(**_settings(done, tmp_path / run)))
+        answer = ranks.run(1, attempt, _settings(done, tmp_path / run))[0]
+        assert answer is not None and "run_status.json says stopped at step 3" in answer
 
 
 def test_a_run_that_never_saved_starts_again_and_says_so(ranks: RankPool, done: Path, tmp_path: Path) -> None:
