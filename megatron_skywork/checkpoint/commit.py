@@ -60,9 +60,18 @@ def _put_in_place(staging: Path, folder: Path) -> None:
     older = replaced_of(folder)
     if folder.exists():
         os.rename(folder, older)
-    os.rename(staging, folder)
+    try:
+        os.rename(staging, folder)
+    except OSError:
+        if older.exists():
+            os.rename(older, folder)
+        raise
     fsync(folder.parent)
     shutil.rmtree(older, ignore_errors=True)
+
+
+def point_to(folder: Path) -> None:
+    """Leave the hint which checkpoint is the newest. It is for people: a start looks at the folders themselves."""
     hint = folder.parent / LATEST
     temporary = hint.with_name(f".{LATEST}.tmp")
     write_durably(temporary, f"{folder.name}\n".encode())

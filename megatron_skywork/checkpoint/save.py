@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_skywork import device
 from megatron_skywork.checkpoint.capture import Capture, capture, tensor_bytes
-from megatron_skywork.checkpoint.commit import commit
+from megatron_skywork.checkpoint.commit import commit, point_to
 from megatron_skywork.checkpoint.content import OPTIMIZER_LAYOUT, merged, random_states, sharded_weights
 from megatron_skywork.checkpoint.folders import clear_leftovers, folder_of, retain, staging_of
 from megatron_skywork.checkpoint.space import check_space_for_save
@@ -225,9 +225,10 @@ class Saver:
             if job.read_back:
                 self._verified.add(outcome.folder.resolve())
             try:
+                point_to(outcome.folder)
                 retain(self._run_dir, self._config.checkpoint.keep, outcome.folder, self._verified)
             except OSError as failure:
-                outcome.warning = f"an older checkpoint could not be removed: {reason_of(failure)}"
+                outcome.warning = f"{outcome.folder} is saved, but older checkpoints could not be removed: {reason_of(failure)}"
         outcome.seconds = time.perf_counter() - job.started
         return outcome
 
