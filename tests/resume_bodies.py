@@ -109,6 +109,17 @@ def live(settings: dict[str, Any], forget: str | None = None, die_after: int | N
     return read
 
 
+def attempt(run: dict[str, Any]) -> str | None:
+    """Run settings; the kind and words of an error a user is to see, or None."""
+    from megatron_skywork.errors import UserError
+
+    try:
+        live(run)
+    except UserError as refusal:
+        return f"{type(refusal).__name__}: {refusal}"
+    return None
+
+
 def live_forgetting_each(settings: dict[str, Any], run_dirs: dict[str, str]) -> None:
     """Resume once for each item, from its own folder, without it."""
     from megatron.core import parallel_state

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from numbered_data import write_numbered
 from ranks import RankPool
-from resume_bodies import differences, live
+from resume_bodies import attempt, differences, live
 from training_bodies import BASE, merged, records, reseal
 
 from megatron_skywork.config.schema import Config
@@ -20,17 +20,6 @@ from megatron_skywork.train.run import Status
 TINY = merged(
     BASE, {"model": {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 16}, "train": {"steps": 4, "global_batch_size": 2}},
     {"checkpoint": {"every": 1, "keep": 9, "background": False}})
-
-
-def attempt(run: dict[str, Any]) -> str | None:
-    """Run settings; the kind and words of an error a user is to see, or None."""
-    from megatron_skywork.errors import UserError
-
-    try:
-        live(run)
-    except UserError as refusal:
-        return f"{type(refusal).__name__}: {refusal}"
-    return None
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
