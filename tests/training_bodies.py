@@ -74,6 +74,17 @@ def release(training: Any) -> None:
         vars(owner).clear()
 
 
+def reseal(folder: Path) -> None:
+    """Make a folder that was tampered with what its manifest and marker say again."""
+    from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, write_manifest
+    from megatron_skywork.convert.files.marker import MARKER, write_marker
+
+    (folder / MARKER).unlink()
+    content = json.loads((folder / MANIFEST).read_text())
+    write_manifest(folder, {key: content[key] for key in ("kind", "method", "step")}, {})
+    write_marker(folder)
+
+
 def records(run_dir: Path | str, kind: str = "step") -> list[dict[str, Any]]:
     """Records of a run, of one kind."""
     lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()

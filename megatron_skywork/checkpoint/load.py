@@ -24,7 +24,7 @@ from megatron_skywork.data.order import derive_key
 from megatron_skywork.errors import CheckpointError
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
 from megatron_skywork.moe.aux_loss import MEANS_NAME
-from megatron_skywork.optim.build import apply_settings
+from megatron_skywork.optim.build import apply_settings, take_rates
 from megatron_skywork.optim.state import save_without_copies
 from megatron_skywork.parallel import seed_everything
 
@@ -60,6 +60,7 @@ def load(config: Config, folder: Path, chunks: list[Any], optimizer: MegatronOpt
         wanted["rng"] = random_states()
     content = _read(wanted, folder)
     put_weights(chunks, content, absent=begins)
+    take_rates(content["optimizer"], optimizer)
     optimizer.load_state_dict(content["optimizer"])
     apply_settings(optimizer, config.optim)
     if same_layout:

@@ -57,7 +57,7 @@ _FREE = _names({
     "data": "valid tokenizer num_workers cache_dir",
     "train": "keep_logits max_nonfinite_steps check_replicas stop_at_step time_limit_seconds eval_every eval_samples eval_at_start eval_at_end",
     "spikes": "policy window threshold minimum_steps max_rewinds",
-    "checkpoint": "init_from every keep save_at_end",
+    "checkpoint": "init_from every keep save_at_end on_save_error background",
     "resume": "mode allow_change",
     "metrics": "every router tensorboard wandb wandb_project peak_tflops",
 })

@@ -16,13 +16,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_skywork.checkpoint.folders import newest
 from megatron_skywork.checkpoint.state import TrainState
+from megatron_skywork.checkpoint.verify import newest
 from megatron_skywork.config.schema import Config
-from megatron_skywork.errors import TrainingError
+from megatron_skywork.errors import CheckpointError, TrainingError
 from megatron_skywork.metrics.writers import Writers
 from megatron_skywork.train.loss_spikes import Spike
 from megatron_skywork.train.nonfinite import nonfinite_sources
@@ -39,7 +38,9 @@ class Run(Protocol):
     state: TrainState
     writers: Writers
 
-    def save(self) -> None: ...
+    def settle_save(self, wait: bool = False) -> None: ...
+
+    def save_last(self, in_a_hurry: bool) -> None: ...
 
     def go_back(self, folder: Path) -> TrainState: ...
 
@@ -78,10 +79,9 @@ class Answers:
         limit = run.config.train.max_nonfinite_steps
         if self.refused_in_a_row >= limit:
             self.refused_in_a_row = 0  # the next start gets as many tries
-            run.save()
             raise TrainingError(
                 f"{limit} steps in a row, up to step {run.state.step}, had a loss or gradient that is not finite (gradient norm {result.grad_norm}); "
-                f"none was applied, and what the last good one left is saved as step {run.state.step}. "
+                f"none was applied, and what the last good one left {_saved(run)}. "
                 "Lower optim.lr, look at the data of these steps (events in metrics.jsonl), or raise train.max_nonfinite_steps"
             )
 
@@ -97,7 +97,8 @@ class Answers:
         elif settings.policy == "rewind" and self.rewinds >= settings.max_rewinds:
             answer = f"recorded; no rewind, spikes.max_rewinds={settings.max_rewinds} is reached"
         elif settings.policy == "rewind":
-            folder = _newest(Path(run.config.run_dir))
+            run.settle_save(wait=True)
+            folder, _ = newest(Path(run.config.run_dir))
             answer = "rewind" if folder is not None else "recorded; no rewind, there is no checkpoint to go back to"
         fields = {**asdict(spike), "samples": _samples(run)}
         run.writers.event("spike", run.state.step, **fields, answer=answer)
@@ -136,8 +137,11 @@ def _samples(run: Run) -> list[int]:
     return [run.state.samples - run.config.train.global_batch_size, run.state.samples - 1]
 
 
-def _newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint, as the first rank sees it: another node's view of a shared folder may be a moment old."""
-    choice: list[Any] = [newest(run_dir)[0] if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(choice, src=0)
-    return choice[0]
+def _saved(run: Run) -> str:
+    """Save, before a run ends for another reason than a save that fails; how that went, in words."""
+    try:
+        run.settle_save(wait=True)
+        run.save_last(in_a_hurry=False)
+    except CheckpointError as failure:  # on all ranks alike
+        return f"could not be saved ({failure})"
+    return f"is saved as step {run.state.step}"

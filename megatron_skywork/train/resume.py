@@ -13,22 +13,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_skywork import parallel
-from megatron_skywork.checkpoint.folders import complete_folders, newest
+from megatron_skywork.checkpoint.folders import step_folders
 from megatron_skywork.checkpoint.load import saved_config
 from megatron_skywork.checkpoint.state import SavedState, read_state, versions
+from megatron_skywork.checkpoint.together import from_first
+from megatron_skywork.checkpoint.verify import newest, problem_of
 from megatron_skywork.config.resume_rules import Change, compare, require_allowed
 from megatron_skywork.config.schema import RESUME_MODES, Config
-from megatron_skywork.convert.files.marker import check_marker
 from megatron_skywork.data.identity import blend_position, data_identity
-from megatron_skywork.errors import CheckpointError, ConfigError, UserError
+from megatron_skywork.errors import CheckpointError
 from megatron_skywork.metrics.jsonl import FILE_NAME, parse_line
 from megatron_skywork.metrics.wandb_follower import keep_run_id
 
@@ -63,56 +63,39 @@ class Start:
 
 
 def find_start(config: Config, place: parallel.Coordinates) -> Start:
-    """Decide on the first rank and tell the others: another node's view of a shared folder may be a moment old, and all must load the same step.
+    """Where this run begins, the same on every rank: the first one looks and decides, all of them verify what is chosen.
 
     Raises:
         CheckpointError: there is no checkpoint to go on from, or it is damaged.
         ConfigError: settings differ from the checkpoint's that may not, or were not allowed to.
         DataError: the data cannot be read.
     """
-    answer: list[Any] = [_settle(config) if place.is_first_rank else None]
-    torch.distributed.broadcast_object_list(answer, src=0)
-    start, failure = answer[0]
-    if failure is not None:
-        error, words = failure
-        raise error(words)
+    data = from_first(lambda: data_identity(config))
+    start = _newest(config, data) if config.resume.mode in RESUME_MODES else _from_path(config, Path(config.resume.mode), data)
     if place.is_first_rank:
         for line in start.lines():
             print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
     return start
 
 
-def _settle(config: Config) -> tuple[Start | None, tuple[Callable[[Any], UserError], Any] | None]:
-    """The decision, or the error that every rank is to raise and its words."""
-    try:
-        return _decide(config), None
-    except ConfigError as failure:
-        return None, (ConfigError, failure.problems)
-    except UserError as failure:
-        return None, (type(failure), str(failure))
-
-
-def _decide(config: Config) -> Start:
+def _newest(config: Config, data: dict[str, Any]) -> Start:
+    """resume.mode=auto, strict and none."""
     run_dir, mode = Path(config.run_dir), config.resume.mode
-    data = data_identity(config)
-    if mode not in RESUME_MODES:
-        return _from_path(config, Path(mode), data)
     if mode == "none":
-        present = complete_folders(run_dir)
+        present = from_first(lambda: step_folders(run_dir))
         if present:
             raise CheckpointError(f"{present[-1]} exists and resume.mode is none; choose another run_dir, move the folder away, or set resume.mode=auto")
         return Start(None, data)
     folder, passed_over = newest(run_dir)
-    damage = [f"passed over a damaged checkpoint: {line}" for line in passed_over]
     if folder is not None:
-        return _checked(config, folder, data, damage)
-    if damage:
+        return from_first(lambda: _checked(config, folder, data, _passed_over(passed_over)))
+    if passed_over:
         raise CheckpointError(
             "every checkpoint of this run is damaged; starting from nothing would hide that. Put a good one back, go on from another folder with "
             f"resume.mode=PATH, or choose another run_dir. {'; '.join(passed_over)}")
     if mode == "strict":
         raise CheckpointError(f"{run_dir / 'checkpoints'} holds no checkpoint and resume.mode is strict; correct run_dir={run_dir}, or set resume.mode=auto")
-    evidence, steps = _what_was_saved(run_dir)
+    evidence, steps = from_first(lambda: _what_was_saved(run_dir))
     if evidence:
         raise CheckpointError(
             f"{evidence}, and {run_dir / 'checkpoints'} holds no checkpoint: it was removed, or is not mounted. Put it back, go on from another folder with "
@@ -125,24 +108,29 @@ def _from_path(config: Config, path: Path, data: dict[str, Any]) -> Start:
     """resume.mode=PATH. What the run saved since it began there comes first: a job that is started again must not lose it each time."""
     run_dir, wanted = Path(config.run_dir), str(path.resolve())
     own, passed_over = newest(run_dir)
-    if own is not None and read_state(own).train.continues == wanted:
-        return _checked(config, own, data, [f"passed over a damaged checkpoint: {line}" for line in passed_over])
-    try:
-        check_marker(path)
-    except CheckpointError as failure:
-        raise CheckpointError(f"resume.mode={path}: {failure}") from failure
-    start = _checked(config, path, data, [], continues=wanted)
-    return Start(path, data, wanted, start.changes, [*start.warnings, *_set_aside(run_dir, read_state(path).train.step)])
+    if own is not None and from_first(lambda: read_state(own).train.continues == wanted):
+        return from_first(lambda: _checked(config, own, data, _passed_over(passed_over)))
+    problem = problem_of(path)
+    if problem is not None:
+        raise CheckpointError(f"resume.mode={path}: {problem}")
+    start = from_first(lambda: _checked(config, path, data, [], continues=wanted))
+    aside = from_first(lambda: _set_aside(run_dir, read_state(path).train.step))
+    return replace(start, warnings=[*start.warnings, *aside])
+
+
+def _passed_over(lines: list[str]) -> list[str]:
+    return [f"passed over a damaged checkpoint: {line}" for line in lines]
 
 
 def _set_aside(run_dir: Path, step: int) -> list[str]:
     """Give later checkpoints of the run folder another name: they are of a past that the run leaves, and `newest` must not return to it."""
     notes = []
-    for folder in complete_folders(run_dir):
-        if int(folder.name.removeprefix("step_")) > step:
-            number, target = 1, folder.with_name(f"aside-{folder.name}")
+    for folder in step_folders(run_dir):
+        number = folder.name.removeprefix("step_")
+        if number.isdigit() and int(number) > step:
+            count, target = 1, folder.with_name(f"aside-{folder.name}")
             while target.exists():
-                number, target = number + 1, folder.with_name(f"aside-{folder.name}-{number}")
+                count, target = count + 1, folder.with_name(f"aside-{folder.name}-{count + 1}")
             folder.rename(target)
             notes.append(f"{folder} is of a later step than the checkpoint gone on from; it is now {target.name}, and nothing will load or remove it")
     return notes

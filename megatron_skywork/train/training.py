@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,13 @@ from megatron.core.num_microbatches_calculator import destroy_num_microbatches_c
 
 from megatron_skywork import device, parallel
 from megatron_skywork.checkpoint.load import load, load_weights
-from megatron_skywork.checkpoint.save import save
+from megatron_skywork.checkpoint.save import Saver
+from megatron_skywork.checkpoint.space import problem_before_training
 from megatron_skywork.checkpoint.state import HasState, TrainState
+from megatron_skywork.checkpoint.together import from_first
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.loader import build_train_loader, build_valid_loaders
+from megatron_skywork.errors import CheckpointError
 from megatron_skywork.metrics.record import MetricBuffer
 from megatron_skywork.metrics.throughput import PhaseTimer, formulas, peak_tflops, throughput
 from megatron_skywork.metrics.writers import open_writers
@@ -45,6 +48,7 @@ class Training:
     def __init__(self, config: Config, place: parallel.Coordinates):
         self.config, self.place = config, place
         self.run_dir = Path(config.run_dir)
+        self.start = find_start(config, place)
         self.timer = PhaseTimer()
         batch = config.train.global_batch_size
         micro_batches = batch // (config.train.micro_batch_size * place.dp_size)
@@ -53,9 +57,10 @@ class Training:
         init_num_microbatches_calculator(place.rank, None, batch, config.train.micro_batch_size, place.dp_size)
         self.chunks = wrap_for_training(config, build_chunks(config))
         self.optimizer = build_optimizer(config, self.chunks)
-        self.start = find_start(config, place)
         self.state = self._restore()
         self._parts: dict[str, HasState] = {}
+        self.saver, self.saved_step = Saver(config, verified=self.start.folder), self.state.step
+        self._check_space()
         self.step = TrainStep(config, self.chunks, self.optimizer, micro_batches, self.timer)
         self.answers = Answers()
         self.remember("losses", self.step.losses)
@@ -96,6 +101,16 @@ class Training:
         self._parts[name] = part
         if name in self.state.extras:
             part.load_state_dict(self.state.extras[name])
+
+    def _check_space(self) -> None:
+        """A run that cannot save should hear it before its first step."""
+        problem = from_first(lambda: problem_before_training(self.config, self.state.step))
+        if problem is None:
+            return
+        if self.config.checkpoint.on_save_error == "stop":
+            raise CheckpointError(problem)
+        if self.place.is_first_rank:
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
 
     def _write_header(self) -> None:
         config, count = self.config, count_parameters(self.config)
@@ -188,7 +203,7 @@ class Training:
         for name, part in self._parts.items():
             if name in saved.extras:
                 part.load_state_dict(saved.extras[name])
-        self.state = replace(self.state, step=saved.step)
+        self.state, self.saved_step = replace(self.state, step=saved.step), saved.step
         self.train_loader = self._open_loader()
         self.timer.take()
         self._unrecorded_steps = 0
@@ -204,14 +219,58 @@ class Training:
             self.writers.evaluation({"step": self.state.step, **evaluate(self.config, self.chunks, self.valid_loaders)})
 
     def save(self) -> None:
-        """A checkpoint of this step."""
-        started = time.perf_counter()
-        self.state = replace(self.state, extras={name: part.state_dict() for name, part in self._parts.items()})
+        """Begin a checkpoint of this step, as soon as the one before is on the disk."""
+        self.settle_save(wait=True)
+        self._begin_save(read_back=True)
+        self.settle_save(wait=not self.config.checkpoint.background)
+
+    def save_last(self, in_a_hurry: bool) -> None:
+        """A checkpoint of this step, on the disk when this returns.
+
+        Args:
+            in_a_hurry: somebody waits to end this process, so the checkpoint is not read back (the next start verifies it, as any other).
+
+        Raises:
+            CheckpointError: on every rank, whatever checkpoint.on_save_error says: an end that is not saved must not look like one that is.
+        """
+        self._begin_save(read_back=not in_a_hurry)
+        self.settle_save(wait=True, must_succeed=True)
+
+    def _begin_save(self, read_back: bool) -> None:
         with parameters_gathered(self.chunks):
             if self.config.train.check_replicas and self.step.replicas.are_any_differing():
                 refuse_differing_copies(self, self.step.replicas)
-            folder = save(self.config, self.state, self.chunks, self.optimizer)
-        self.writers.event("save", self.state.step, folder=str(folder), seconds=time.perf_counter() - started)
+            self.saver.begin(self._position(), self.chunks, self.optimizer, read_back=read_back)
+
+    def _position(self) -> TrainState:
+        """How far the run has come, with the state of the parts that asked to be remembered."""
+        self.state = replace(self.state, extras={name: part.state_dict() for name, part in self._parts.items()})
+        return self.state
+
+    def settle_save(self, wait: bool = False, must_succeed: bool = False) -> None:
+        """Record how a save ended, if one did since the last call.
+
+        Raises:
+            CheckpointError: on every rank, for a save that failed on any, unless it may (checkpoint.on_save_error=continue).
+        """
+        outcome = self.saver.wait() if wait else self.saver.poll()
+        if outcome is None:
+            return
+        if outcome.warning is not None and self.place.is_first_rank:
+            print(f"warning: {outcome.warning}", file=sys.stderr, flush=True)
+        seconds = {"seconds": outcome.seconds, "stalled_seconds": outcome.stalled_seconds, "written_seconds": outcome.written_seconds}
+        if outcome.failure is None:
+            self.saved_step = outcome.step
+            self.writers.event("save", outcome.step, folder=str(outcome.folder), bytes=outcome.num_bytes, **seconds)
+            return
+        message = f"{outcome.folder}: could not be saved: {outcome.failure}. The last checkpoint of this run is that of step {self.saved_step}"
+        print(f"[rank {self.place.rank}] warning: {message}", file=sys.stderr, flush=True)
+        try:
+            self.writers.event("save_failed", outcome.step, reason=outcome.failure, **seconds)
+        except OSError as full:  # the record lies on the same disk, most of the time; what all ranks agree on comes first
+            print(f"warning: the failed save could not be recorded: {full}", file=sys.stderr, flush=True)
+        if must_succeed or self.config.checkpoint.on_save_error == "stop":
+            raise CheckpointError(message)
 
     # ------------------------------------------------------------------------------------------------------------------------ questions
 
@@ -233,4 +292,6 @@ class Training:
         return every > 0 and self.state.step % every == 0
 
     def close(self) -> None:
+        """Leave; a save that is still on its way is given up, and the checkpoint before it counts."""
+        self.saver.abandon()
         self.writers.close()

@@ -98,7 +98,8 @@ def test_bf16_moments_resume_exactly_and_change_type_on_the_way(ranks: RankPool,
 
     # Read as bf16 or fp32, by two ranks or by one: the state that is saved again is the state that was saved, except for what was saved finer.
     for name, world_size, moments in (("wider", 2, "fp32"), ("one", 1, "bf16")):
-        found = ranks.run(world_size, saved_again, merged(settings, {"run_dir": str(tmp_path / name), "optim": {"moments": moments}, "resume": {"allow_change": ["optim.moments"]}}))
+        more = {"run_dir": str(tmp_path / name), "optim": {"moments": moments}, "resume": {"allow_change": ["optim.moments"]}}
+        found = ranks.run(world_size, saved_again, merged(settings, more))
         again = item_digests(Path(found[0]))
         assert {key: value for key, value in again.items() if "optimizer" in key} == {key: value for key, value in before.items() if "optimizer" in key}
 

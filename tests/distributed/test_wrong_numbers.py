@@ -52,14 +52,12 @@ def poison(training: Any, kind: str, value: float) -> Iterator[None]:
     transformer, masked_loss = training.chunks[0].config, train_step.masked_loss
     finalize, hook = transformer.finalize_model_grads_func, None
     if kind == "one expert":
-        parameter = [parameter for name, parameter in named if name.endswith("experts.weight1")][-1]
+        # Before the reduction, whatever way the gradient came into its buffer.
+        def finalized(*args: Any, **kwargs: Any) -> None:
+            [parameter for name, parameter in named if name.endswith("experts.weight1")][-1].main_grad[1, 0, 0] = value
+            finalize(*args, **kwargs)
 
-        def spoiled(gradient: Any) -> Any:
-            gradient = gradient.clone()
-            gradient[1, 0, 0] = value
-            return gradient
-
-        hook = parameter.register_hook(spoiled)
+        transformer.finalize_model_grads_func = finalized
     elif kind == "an activation":
         layer = unwrap(training.chunks[0]).decoder.layers[0]
         hook = layer.register_forward_hook(lambda module, inputs, output: (output[0] * value, *output[1:]))
@@ -70,8 +68,7 @@ def poison(training: Any, kind: str, value: float) -> Iterator[None]:
 
         def finalized(*args: Any, **kwargs: Any) -> None:
             finalize(*args, **kwargs)
-            norm = next(parameter for name, parameter in named if name.endswith("layernorm.weight") or name.endswith("norm.weight"))
-            norm.main_grad[0] = value
+            next(parameter for name, parameter in named if name.endswith("norm.weight")).main_grad[0] = value
 
         transformer.finalize_model_grads_func = finalized
     try:
