@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import sys
 from collections import deque
 from typing import Any
 
@@ -19,14 +20,18 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_skywork.checkpoint.host_memory import available_bytes
+from megatron_skywork.convert.progress import human
+
 
 class Capture(StorageWriter):
     """Stands where torch expects a writer.
 
     Args:
-        copies: copy tensors to host memory; else they are read where they are, when they are written.
+        copies: copy tensors to host memory, if it has room; else they are read where they are, when they are written.
 
     Attributes:
+        copied: whether they were, and may change from now on.
         file_name: of this rank's file.
         items: what belongs into it, in order: bytes, or tensors as torch.save writes them.
         index: on the first rank, the checkpoint's index without the places of the items.
@@ -34,7 +39,7 @@ class Capture(StorageWriter):
 
     def __init__(self, copies: bool):
         super().__init__()
-        self._copies = copies
+        self.copied = copies
         self.file_name = ""
         self.items: deque[tuple[MetadataIndex, torch.Tensor | bytes]] = deque()
         self.index: Metadata | None = None
@@ -47,7 +52,14 @@ class Capture(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         self.file_name = plan.storage_data
-        self.items.extend((item.index, self._taken(planner.resolve_data(item))) for item in plan.items)
+        found = [(item.index, planner.resolve_data(item)) for item in plan.items]
+        needed = sum(data.nbytes for _, data in found if isinstance(data, torch.Tensor))
+        available = available_bytes()
+        if self.copied and available is not None and needed > available:
+            self.copied = False
+            print(f"warning: rank {torch.distributed.get_rank()} stands still while it writes a checkpoint: a copy needs {human(needed)} of host memory, "
+                  f"and its share of what is left is {human(available)}", file=sys.stderr, flush=True)  # fmt: skip
+        self.items.extend((index, self._taken(data)) for index, data in found)
         nothing: Future[list[WriteResult]] = Future()
         nothing.set_result([])
         return nothing
@@ -56,7 +68,7 @@ class Capture(StorageWriter):
         if isinstance(data, io.BytesIO):
             return data.getvalue()
         data = data.detach()
-        return torch.empty(data.shape, dtype=data.dtype).copy_(data) if self._copies else data
+        return torch.empty(data.shape, dtype=data.dtype).copy_(data) if self.copied else data
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self.index = metadata

@@ -126,7 +126,7 @@ class Saver:
         except (CheckpointException, CheckpointError) as failure:  # on all ranks alike
             job.ended = Outcome(state.step, folder, _said(failure), seconds=time.perf_counter() - started)
         else:
-            job.work = self._run(write_part, staging_of(folder), captured, self._stopped, read_back)
+            job.work = self._run(captured.copied, write_part, staging_of(folder), captured, self._stopped, read_back)
         job.stalled_seconds += time.perf_counter() - started
 
     def poll(self) -> Outcome | None:
@@ -206,7 +206,7 @@ class Saver:
         torch.distributed.gather_object(job.work.result(), parts, dst=0)
         job.is_gathered = True
         if parts is not None:
-            job.work = self._run(self._complete, job, parts)
+            job.work = self._run(self._config.checkpoint.background, self._complete, job, parts)
 
     def _complete(self, job: _Job, parts: list[Part]) -> Outcome:
         """On the first rank: commit, or clear away; then remove what is not kept any more."""
@@ -232,9 +232,9 @@ class Saver:
         outcome.seconds = time.perf_counter() - job.started
         return outcome
 
-    def _run(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
-        """Do it in the thread, or at once where saving is not in the background."""
-        if self._config.checkpoint.background:
+    def _run(self, in_background: bool, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Do it in the thread, or at once."""
+        if in_background:
             self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint")
             return self._thread.submit(work, *args)
         done: Future[Any] = Future()

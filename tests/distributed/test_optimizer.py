@@ -179,7 +179,7 @@ def overlapping_run(settings: dict[str, Any]) -> list[str]:
         train_step.run_schedule = run_schedule
         for name, original in originals.items():
             setattr(group_class, name, original)
-    training.save()
+    training.save_last(in_a_hurry=False)
     release(training)
     return calls
 
