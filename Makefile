@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation bench-upcycle bench-train gpu test lint unit test-312 clean
+.PHONY: help env demo ablation bench-upcycle bench-train gpu faults test lint unit test-312 clean
 
 PYTHON ?= python3
 PYTHON312 ?=
@@ -30,10 +30,14 @@ bench-upcycle: .venv/installed  ## upcycling against plain writing on the same d
 bench-train: .venv/installed  ## a training step against plain megatron-core and transformers, minutes: TRAIN='--precision fp32' (benchmarks/train_step.py --help)
 	@$(BIN)/python benchmarks/train_step.py $(TRAIN)
 
-gpu: .venv/installed  ## on a machine with NVIDIA GPUs: the tests of kernels and host waits, then the training benchmark
-	@$(BIN)/python -m pytest -q tests/gpu tests/unit/test_grouped_mlp.py tests/unit/test_permutation.py \
+gpu: .venv/installed  ## on a machine with NVIDIA GPUs: the tests of kernels and host waits, then the benchmarks of training and memory
+	@$(BIN)/python -m pytest -q tests/gpu tests/unit/test_weight_gradients.py tests/unit/test_grouped_mlp.py tests/unit/test_permutation.py \
 	    tests/distributed/test_experts.py tests/distributed/test_documents.py tests/distributed/test_output_loss_ranks.py tests/distributed/test_optimizer.py
 	@$(BIN)/python benchmarks/train_step.py $(TRAIN)
+	@$(BIN)/python benchmarks/memory.py
+
+faults: .venv/installed  ## everything done to saves, data and ranks on purpose, and what was lost: one table, under 45 minutes; FAULTS='--only kill' (tests/faults/suite.py --help)
+	@$(TEST_ENV) $(BIN)/python tests/faults/suite.py $(FAULTS)
 
 test: .venv/installed lint unit test-312  ## everything CI runs: ruff, mypy, all tests, and tests/distributed on Python 3.12
 	@echo "== closing lines"

@@ -4,19 +4,19 @@ megatron-core sizes its indices for the length of a run, so that a longer run cu
 samples once, for exactly one epoch, and `order` says which sample of which file comes at each sample index; a run can then be prolonged, resumed, or
 spread over other ranks without changing what sample i is.
 
-Indices are kept in a cache folder under a name that includes the content of the dataset. The first process of a node that needs one writes it
-under a lock and publishes it by a rename; no collective is involved, so it does not matter which ranks build a dataset, or when.
+Indices are kept in a cache folder under a name that includes the content of the dataset (see `index_cache`). No collective is involved, so it does not matter
+which ranks build a dataset, or when.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -27,11 +27,12 @@ from torch.utils.data import Dataset
 
 from megatron_skywork.config.schema import Config, Source
 from megatron_skywork.data.boundaries import document_lengths
-from megatron_skywork.data.file_lock import exclusive
-from megatron_skywork.data.indexed import SideFile, check_dataset
+from megatron_skywork.data.index_cache import cached_arrays
+from megatron_skywork.data.indexed import SideFile, paths_of, read_side_file
 from megatron_skywork.data.mock import MockDataset
 from megatron_skywork.data.order import SampleOrder
 from megatron_skywork.data.tokenizers import load_tokenizer
+from megatron_skywork.data.verification import check_dataset
 from megatron_skywork.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -40,11 +41,26 @@ NO_EOD = -2  # never a token id, and not megatron-core's padding id -1 either
 _VALID_STREAM = 1 << 40  # mock validation samples stand far behind any training sample
 
 
+class UnknownToken(DataError):
+    """A token id that the model has no embedding for. A loader process hands its error on as the class called with a text that ends with the traceback;
+    a user is shown what stands behind the last mention of the class.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text.rpartition(f"{UnknownToken.__qualname__}: ")[2].strip())
+
+
 @dataclass(frozen=True)
 class DatasetVocabulary:
-    """What GPTDataset asks of a tokenizer, taken from a side file; `unique_identifiers` names the content in the cache."""
+    """What GPTDataset asks of a tokenizer, taken from a side file; `unique_identifiers` names the content in the cache.
+
+    Attributes:
+        side: what is in the dataset.
+        model_vocab_size: ids of the model; one beyond them reaches no embedding.
+    """
 
     side: SideFile
+    model_vocab_size: int
 
     @property
     def eod(self) -> int:
@@ -53,8 +69,8 @@ class DatasetVocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the tokenizer that made the dataset."""
-        return self.side.vocab_size
+        """Ids of the tokenizer that made the dataset, or of the model where nobody knows."""
+        return self.model_vocab_size if self.side.vocab_size is None else self.side.vocab_size
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, object]:
@@ -72,22 +88,35 @@ class OneEpochDataset(GPTDataset):
             sample["document_lengths"] = document_lengths(sample["tokens"], self.config.tokenizer.eod)
         return sample
 
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, ...]:
+        """(ids [S + 1], ...) of a sample. An id outside the vocabulary would be an assertion on a GPU, without a word about the file; and -1 is what
+        megatron-core pads with, so it would be left out of the loss.
+        """
+        found = super()._query_document_sample_shuffle_indices(idx)
+        ids = found[0]
+        outside = (ids < 0) | (ids >= self.config.tokenizer.model_vocab_size)
+        if outside.any():
+            place = int(np.argmax(outside))
+            self._refuse(idx, place, int(ids[place]))
+        return found
+
+    def _refuse(self, idx: int, place: int, token_id: int) -> NoReturn:
+        entry, begin = map(int, self.sample_index[idx])
+        while place >= (length := int(self.dataset.sequence_lengths[self.document_index[entry]]) - begin):
+            entry, begin, place = entry + 1, 0, place - length
+        known = self.config.tokenizer.side.largest_token_id
+        advice = "it was made with a larger vocabulary, or is damaged" if known is None else f"it was changed after it was written (largest id {known})"
+        where = f"token {begin + place} of document {self.document_index[entry]} (both counted from 0)"
+        raise UnknownToken(f"{self.dataset_path}.bin: {where} is {token_id}, outside the model's vocabulary of {self.config.tokenizer.model_vocab_size} "
+                           f"(model.vocab_size); {advice}: see tools/preprocess_data.py verify {self.dataset_path}")
+
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, range]:
         """(document order [documents], sample starts [samples + 1, 2], sample order). megatron-core calls this from its constructor.
 
         The sample order is the identity: `order.SampleOrder` permutes samples, anew in every epoch. megatron-core's own version builds on
         global rank 0 only, writes in place, and reads with pickle allowed.
         """
-        folder = Path(self.config.path_to_cache)
-        documents_path, samples_path = (folder / f"{self.unique_description_hash}-{kind}.npy" for kind in ("documents", "samples"))
-        if not (documents_path.is_file() and samples_path.is_file()):
-            folder.mkdir(parents=True, exist_ok=True)
-            with exclusive(folder / f"{self.unique_description_hash}.lock"):
-                if not (documents_path.is_file() and samples_path.is_file()):
-                    document_index, sample_index = self._cut()
-                    _publish(documents_path, document_index)
-                    _publish(samples_path, sample_index)
-        document_index, sample_index = _load(documents_path), _load(samples_path)
+        document_index, sample_index = cached_arrays(Path(self.config.path_to_cache), self.unique_description_hash, ("documents", "samples"), self._cut)
         return document_index, sample_index, range(sample_index.shape[0] - 1)
 
     def _cut(self) -> tuple[np.ndarray, np.ndarray]:
@@ -156,59 +185,54 @@ def _mock(config: Config) -> MockDataset:
 def _blend(config: Config, sources: Sequence[Source], key: str, split: Split) -> Blend:
     if not sources:
         raise DataError(f"{key}: no dataset named; give the prefix of one")
-    fingerprint = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer).fingerprint
-    sides = [check_dataset(source.path, config.model.vocab_size, fingerprint) for source in sources]
+    tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
+    sides = [check_dataset(source.path, config.model.vocab_size, tokenizer) for source in sources]
     for source, side in zip(sources, sides, strict=True):
-        _check_fit(config, key, source.path, side, sources[0].path, sides[0])
+        _check_fit(config, key, source.path, side)
+    recorded = [(source.path, side) for source, side in zip(sources, sides, strict=True) if side.is_recorded]
+    _check_same_tokenizer(key, [*_first_recorded(config.data.train), *recorded])
     datasets = [_open(config, source.path, side, split) for source, side in zip(sources, sides, strict=True)]
     order = SampleOrder([len(dataset) for dataset in datasets], [source.weight for source in sources], config.train.seed)
     return Blend(datasets, order)
 
 
-def _check_fit(config: Config, key: str, path: str, side: SideFile, first_path: str, first: SideFile) -> None:
+def _check_fit(config: Config, key: str, path: str, side: SideFile) -> None:
     needed = config.data.seq_length + 1
     if side.num_tokens < needed:
         raise DataError(f"{key}: {path} holds {side.num_tokens} tokens, and one sample of data.seq_length={config.data.seq_length} needs {needed}; "
                         f"give more text, or a data.seq_length of at most {side.num_tokens - 1}")
-    if side.tokenizer_fingerprint != first.tokenizer_fingerprint:
-        raise DataError(f"{key}: {path} was made with {side.tokenizer_name} (fingerprint {side.tokenizer_fingerprint[:12]}), {first_path} with "
-                        f"{first.tokenizer_name} ({first.tokenizer_fingerprint[:12]}); a blend has one tokenizer: write one of them again")
     asked = [name for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if getattr(config.data, name)]
     if asked and side.eod_id is None:
-        raise DataError(f"{path}.json: its documents carry no end token, which data.{asked[0]}=true needs; write it again with --append-eod, "
-                        f"or set data.{asked[0]}=false")
+        named = "" if side.is_recorded or config.data.tokenizer else "name data.tokenizer, so that its end token is known, "
+        raise DataError(f"{path}.{'json' if side.is_recorded else 'bin'}: its documents carry no end token, which data.{asked[0]}=true needs; {named}"
+                        f"write it again with --append-eod, or set data.{asked[0]}=false")
+    if not side.is_recorded and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s.json: missing; sizes and structure were checked, but neither the tokenizer that made this dataset nor its content can be", path)
+
+
+def _first_recorded(sources: Sequence[Source]) -> list[tuple[str, SideFile]]:
+    """The first dataset with a side file, if any: what says which tokenizer the others must have."""
+    return next(([(source.path, read_side_file(source.path))] for source in sources if paths_of(source.path)["json"].is_file()), [])
+
+
+def _check_same_tokenizer(key: str, recorded: Sequence[tuple[str, SideFile]]) -> None:
+    for path, side in recorded:
+        first_path, first = recorded[0]
+        if side.tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise DataError(f"{key}: {path} was made with {side.tokenizer_name} (fingerprint {str(side.tokenizer_fingerprint)[:12]}), {first_path} with "
+                            f"{first.tokenizer_name} ({str(first.tokenizer_fingerprint)[:12]}); a run has one tokenizer: write one of them again")
 
 
 def _open(config: Config, path: str, side: SideFile, split: Split) -> OneEpochDataset:
     data = config.data
     cache = data.cache_dir or os.path.join(config.run_dir, "data_cache")
     settings = GPTDatasetConfig(
-        random_seed=config.train.seed, sequence_length=data.seq_length, blend=([path], None), split="1", path_to_cache=cache, tokenizer=DatasetVocabulary(side),
-        reset_position_ids=data.reset_position_ids, reset_attention_mask=data.reset_attention_mask, eod_mask_loss=data.eod_mask_loss,
-        create_attention_mask=False)
+        random_seed=config.train.seed, sequence_length=data.seq_length, blend=([path], None), split="1", path_to_cache=cache,
+        tokenizer=DatasetVocabulary(side, config.model.vocab_size), reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask, eod_mask_loss=data.eod_mask_loss, create_attention_mask=False)
     indexed = IndexedDataset(path)
     try:
         return OneEpochDataset(indexed, path, np.arange(side.num_sequences, dtype=np.int32), None, split, settings)
     except OSError as error:
         raise DataError(f"{error.filename or cache}: {error.strerror or error}; sample indices are kept there: "
                         "set data.cache_dir to a folder this run can write") from error
-
-
-def _publish(path: Path, array: np.ndarray) -> None:
-    """Save under a name of this process's own and rename, so that a reader sees a whole file or none."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        with open(temporary, "wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{path}: this sample index is damaged ({error}); delete the file, it is built again") from error

@@ -20,10 +20,24 @@ from megatron_skywork.errors import DataError
 _READ_BYTES = 1 << 16
 _BLOCK_BYTES = 1 << 18
 _BLOCK_LINES = 512
+MAX_LINE_BYTES = 1 << 26
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+# What can be wrong with a line: what it is counted as.
+BAD_LINE_REASONS = ("nul_byte", "invalid_utf8", "invalid_json", "no_object", "no_field", "no_text", "half_character", "too_long", "unreadable_rest")
 
 
 class BadLine(Exception):
-    """A line that holds no document; the message says why."""
+    """A line that holds no document.
+
+    Attributes:
+        reason: one of BAD_LINE_REASONS; the message says more.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -33,13 +47,13 @@ class Block:
     Attributes:
         path: the file.
         first_line: number of lines[0], counted from 1.
-        lines: without line ends.
+        lines: without line ends; of a line that was too long to be kept, its number of bytes.
         damage: why the file cannot be read beyond these lines; None where it can.
     """
 
     path: str
     first_line: int
-    lines: list[bytes]
+    lines: list[bytes | int]
     damage: str | None = None
 
 
@@ -60,12 +74,12 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     return list(files.values())
 
 
-def read_blocks(path: str) -> Iterator[Block]:
-    """The file's lines in blocks of at most 512 lines or about 256 KiB. Memory held: one block, and one line however long it is."""
-    lines: list[bytes] = []
+def read_blocks(path: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Block]:
+    """The file's lines in blocks of at most 512 lines or about 256 KiB. Memory held: one block, and one line of at most `max_line_bytes`."""
+    lines: list[bytes | int] = []
     first_line, size = 1, 0
     damage = None
-    reader = _read_lines(path)
+    reader = _read_lines(path, max_line_bytes)
     while True:
         try:
             line = next(reader, None)
@@ -74,7 +88,7 @@ def read_blocks(path: str) -> Iterator[Block]:
         if line is None:
             break
         lines.append(line)
-        size += len(line)
+        size += len(line) if isinstance(line, bytes) else 0
         if size >= _BLOCK_BYTES or len(lines) >= _BLOCK_LINES:
             yield Block(path, first_line, lines)
             first_line, lines, size = first_line + len(lines), [], 0
@@ -86,50 +100,56 @@ def parse_line(line: bytes, field: str) -> str | None:
     """The document of one line; None for a blank line.
 
     Raises:
-        BadLine: invalid UTF-8, invalid JSON, not an object, the field missing or not a text, or a text that is no Unicode.
+        BadLine: NUL bytes, invalid UTF-8, invalid JSON, not an object, the field missing or not a text, or a text that is no Unicode.
     """
     if not line.strip():
         return None
+    if b"\0" in line:
+        raise BadLine("nul_byte", f"NUL at byte {line.index(0)} of the line: a hole, as a crash or a failed copy leaves it, or no UTF-8")
     try:
         record: Any = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise BadLine(f"invalid UTF-8 at byte {error.start} of the line") from error
+        raise BadLine("invalid_utf8", f"invalid UTF-8 at byte {error.start} of the line") from error
     except RecursionError as error:
-        raise BadLine("invalid JSON: nested too deeply") from error
+        raise BadLine("invalid_json", "invalid JSON: nested too deeply") from error
     except ValueError as error:
-        raise BadLine(f"invalid JSON: {error}") from error
+        raise BadLine("invalid_json", f"invalid JSON: {error}") from error
     if not isinstance(record, dict):
-        raise BadLine(f"expected a JSON object, found {type(record).__name__}")
+        raise BadLine("no_object", f"expected a JSON object, found {type(record).__name__}")
     if field not in record:
-        raise BadLine(f"no field {field!r}; the line has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+        raise BadLine("no_field", f"no field {field!r}; the line has {', '.join(map(repr, list(record)[:8])) or 'none'}")
     text = record[field]
     if not isinstance(text, str):
-        raise BadLine(f"field {field!r} is not a text but {type(text).__name__}")
+        raise BadLine("no_text", f"field {field!r} is not a text but {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadLine(f"field {field!r} has half a surrogate pair at character {error.start}") from error
+        raise BadLine("half_character", f"field {field!r} has half a surrogate pair at character {error.start}") from error
     return text
 
 
-def _read_lines(path: str) -> Iterator[bytes]:
-    """Lines without their ends; what precedes damage is given before the damage is raised, an unfinished line before damage is not."""
-    rest: list[bytes] = []
-    first = True
+def _read_lines(path: str, max_bytes: int) -> Iterator[bytes | int]:
+    """Lines without their ends, or the length of one that has more than `max_bytes`; what precedes damage is given before the damage is raised, an
+    unfinished line before damage is not.
+    """
+    begin: list[bytes] = []  # of the line under way, as long as it is not too long
+    num_bytes = 0  # of the line under way
+    mark = _BYTE_ORDER_MARK
     for chunk in _read_chunks(path):
-        pieces = chunk.split(b"\n")
-        if len(pieces) == 1:
-            rest.append(chunk)
-            continue
-        pieces[0] = b"".join([*rest, pieces[0]])
-        rest = [pieces.pop()]
-        if first:
-            pieces[0] = pieces[0].removeprefix(b"\xef\xbb\xbf")
-            first = False
-        yield from pieces
-    last = b"".join(rest)
-    if last:
-        yield last.removeprefix(b"\xef\xbb\xbf") if first else last
+        *ended, last = chunk.split(b"\n")
+        for piece in ended:
+            num_bytes += len(piece)
+            yield num_bytes if num_bytes > max_bytes else b"".join([*begin, piece]).removeprefix(mark)
+            begin, num_bytes, mark = [], 0, b""
+        num_bytes += len(last)
+        if num_bytes <= max_bytes:
+            begin.append(last)
+        else:
+            begin.clear()
+    if num_bytes:
+        line = b"".join(begin).removeprefix(mark)
+        if num_bytes > max_bytes or line:
+            yield num_bytes if num_bytes > max_bytes else line
 
 
 def _read_chunks(path: str) -> Iterator[bytes]:

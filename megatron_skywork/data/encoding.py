@@ -17,6 +17,8 @@ import numpy as np
 from megatron_skywork.data.documents import BadLine, Block, parse_line
 from megatron_skywork.data.tokenizers import Tokenizer, load_tokenizer
 
+EMPTY = "empty_documents"
+
 
 @dataclass(frozen=True)
 class EncodingOptions:
@@ -28,6 +30,7 @@ class EncodingOptions:
     eod_id: int | None
     holdout: float
     seed: int
+    max_line_bytes: int
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ class Encoded:
         path: the file.
         tokens, lengths: documents to keep: concatenated ids int32, one length each.
         held_tokens, held_lengths: documents held out.
-        empty, blank: documents without tokens, lines without anything.
+        blank: lines without anything.
         num_lines: lines read.
-        bad: (line number, reason) of each line without a document.
-        damage: (line number, reason) where the file cannot be read further.
+        left_out: (line number, what it is counted as, why), in order: lines without a document, documents without a token, and where the file cannot
+            be read further.
     """
 
     path: str
@@ -49,11 +52,9 @@ class Encoded:
     lengths: np.ndarray
     held_tokens: np.ndarray
     held_lengths: np.ndarray
-    empty: int
     blank: int
     num_lines: int
-    bad: list[tuple[int, str]]
-    damage: tuple[int, str] | None
+    left_out: list[tuple[int, str, str]]
 
 
 def is_held_out(text: str, share: float, seed: int) -> bool:
@@ -67,28 +68,33 @@ def is_held_out(text: str, share: float, seed: int) -> bool:
 def encode_block(block: Block, tokenizer: Tokenizer, options: EncodingOptions) -> Encoded:
     """Tokenize every document of a block; the result depends on nothing but the arguments."""
     texts: list[str] = []
-    bad: list[tuple[int, str]] = []
+    numbers: list[int] = []
+    left_out: list[tuple[int, str, str]] = []
     blank = 0
     for number, line in enumerate(block.lines, start=block.first_line):
+        if isinstance(line, int):
+            left_out.append((number, "too_long", f"{line:,} bytes, and --max-line-bytes is {options.max_line_bytes:,}; is there no line end in the file?"))
+            continue
         try:
             text = parse_line(line, options.field)
         except BadLine as error:
-            bad.append((number, str(error)))
+            left_out.append((number, error.reason, str(error)))
             continue
         if text is None:
             blank += 1
         else:
             texts.append(text)
+            numbers.append(number)
     parts: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    empty = 0
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    for number, text, ids in zip(numbers, texts, tokenizer.encode_batch(texts), strict=True):
         if not len(ids):
-            empty += 1
+            left_out.append((number, EMPTY, f"field {options.field!r} holds no token"))
             continue
         parts[is_held_out(text, options.holdout, options.seed)].append(ids)
-    damage = None if block.damage is None else (block.first_line + len(block.lines), block.damage)
-    return Encoded(block.path, *_pack(parts[False], options), *_pack(parts[True], options), empty=empty, blank=blank, num_lines=len(block.lines),
-                   bad=bad, damage=damage)
+    if block.damage is not None:
+        left_out.append((block.first_line + len(block.lines), "unreadable_rest", block.damage))
+    return Encoded(block.path, *_pack(parts[False], options), *_pack(parts[True], options), blank=blank, num_lines=len(block.lines),
+                   left_out=sorted(left_out))
 
 
 def _pack(documents: list[np.ndarray], options: EncodingOptions) -> tuple[np.ndarray, np.ndarray]:

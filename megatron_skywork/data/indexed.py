@@ -1,11 +1,10 @@
-"""A tokenized dataset on disk: megatron-core's indexed pair, and a side file that says what is in it.
+"""A tokenized dataset on disk: megatron-core's indexed pair, and a sealed side file that says what is in it.
 
-`PREFIX.bin` (token ids, nothing else) and `PREFIX.idx` (where each document begins) are megatron-core's format, so its tools read them. Neither can
-tell which tokenizer made them or that half of the .bin was never copied, and a wrong tokenizer trains without an error. `PREFIX.json` carries
-these facts and is written last: a dataset without it is not finished. `check_dataset` compares it with the files and with the model.
+`PREFIX.bin` (token ids, nothing else) and `PREFIX.idx` (where each document begins, see `index_structure`) are megatron-core's format, so its tools read
+them. Neither can tell which tokenizer made them or that a bit of them changed, and a wrong tokenizer trains without an error. `PREFIX.json` carries
+these facts, with the SHA-256 of both files and of its own text, and is written last: a dataset is finished when it is there.
 
-Layout of an .idx with N sequences and D documents: 34 bytes of header, N int32 lengths, N int64 offsets, (D + 1) int64 document ends.
-It is written here and not by megatron-core's builder, whose import brings torch: seconds of processor time for a command that needs neither.
+The .idx is written here and not by megatron-core's builder, whose import brings torch: seconds of processor time for a command that needs neither.
 A test compares the bytes.
 """
 
@@ -15,27 +14,25 @@ import dataclasses
 import hashlib
 import json
 import os
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_skywork.convert.files.marker import fsync
+from megatron_skywork.convert.files.marker import SEAL, fsync, seal_holds, sealed
+from megatron_skywork.data.index_structure import DTYPE_CODES, IDX_HEADER, IDX_MAGIC
 from megatron_skywork.errors import DataError
 
-SIDE_FORMAT = 1
-# Magic, version 1, code of the dtype, number of sequences, number of entries of the document index.
-_IDX_HEADER = struct.Struct("<9sQBQQ")
-_IDX_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPE_CODES = {"uint16": 8, "int32": 4}
+SIDE_FORMAT = 2
+_UNSEALED_FORMAT = 1  # the same fields without a seal; still read, since a dataset may have taken days to write
 _LARGEST_UINT16_VOCABULARY = 65499
 _HASH_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class SideFile:
-    """Content of PREFIX.json.
+    """Content of PREFIX.json. For a pair that another program wrote without one, `verification.describe` fills in what the .idx says, and leaves the rest None.
 
     Attributes:
         bin_bytes, idx_bytes: sizes of the two files.
@@ -46,26 +43,31 @@ class SideFile:
         tokenizer_name, tokenizer_fingerprint, vocab_size, eod_id: of the tokenizer that made it; eod_id None where documents carry no end token.
         sources: {"path", "bytes"} of each input file.
         options: settings that decide the content.
-        counts: documents and lines that are not in the dataset, by reason.
+        counts: documents and lines read, and those left out by reason.
     """
 
     bin_bytes: int
     idx_bytes: int
-    bin_sha256: str
+    bin_sha256: str | None
     idx_sha256: str
     dtype: str
     num_documents: int
     num_sequences: int
     num_tokens: int
-    largest_token_id: int
-    tokenizer_name: str
-    tokenizer_fingerprint: str
-    vocab_size: int
+    largest_token_id: int | None
+    tokenizer_name: str | None
+    tokenizer_fingerprint: str | None
+    vocab_size: int | None
     eod_id: int | None
     sources: list[dict[str, Any]]
     options: dict[str, Any]
     counts: dict[str, int]
     format: int = SIDE_FORMAT
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a side file says so, rather than the .idx alone."""
+        return self.bin_sha256 is not None
 
 
 def paths_of(prefix: str) -> dict[str, Path]:
@@ -113,10 +115,10 @@ class IndexedWriter:
         self._partial["idx"].write_bytes(self._index())
         side = SideFile(
             bin_bytes=self._partial["bin"].stat().st_size, idx_bytes=self._partial["idx"].stat().st_size,
-            bin_sha256=self._hash.hexdigest(), idx_sha256=_sha256(self._partial["idx"]), dtype=self._dtype.name,
+            bin_sha256=self._hash.hexdigest(), idx_sha256=sha256_of(self._partial["idx"]), dtype=self._dtype.name,
             num_documents=self.num_documents, num_sequences=self.num_documents, num_tokens=self.num_tokens, largest_token_id=self.largest_token_id,
             sources=sources, options=options, counts=counts, **tokenizer)
-        self._partial["json"].write_text(json.dumps(dataclasses.asdict(side), indent=1) + "\n", encoding="utf-8")
+        self._partial["json"].write_text(sealed(dataclasses.asdict(side)), encoding="utf-8")
         for path in self._partial.values():
             fsync(path)
         return side
@@ -127,7 +129,7 @@ class IndexedWriter:
         num_bytes = lengths.astype(np.int64) * self._dtype.itemsize
         offsets = np.cumsum(num_bytes) - num_bytes
         document_ends: np.ndarray = np.arange(len(lengths) + 1, dtype=np.int64)
-        header = _IDX_HEADER.pack(_IDX_MAGIC, 1, _DTYPE_CODES[self._dtype.name], len(lengths), len(lengths) + 1)
+        header = IDX_HEADER.pack(IDX_MAGIC, 1, DTYPE_CODES[self._dtype.name], len(lengths), len(lengths) + 1)
         return b"".join((header, lengths.tobytes(), offsets.tobytes(), document_ends.tobytes()))
 
     def unpublish(self) -> None:
@@ -148,88 +150,56 @@ class IndexedWriter:
 
 
 def read_side_file(prefix: str) -> SideFile:
-    """PREFIX.json.
+    """PREFIX.json, after holding its text against its seal.
 
     Raises:
-        DataError: it is missing, is not JSON, or lacks a field.
+        DataError: it is missing, is not what was written, or lacks a field.
     """
     path = paths_of(prefix)["json"]
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except FileNotFoundError as error:
         raise DataError(_missing(prefix, path)) from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); write the dataset again with tools/preprocess_data.py") from error
-    if not isinstance(content, dict) or content.get("format") != SIDE_FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: expected a side file of format {SIDE_FORMAT}, found {found!r}; write the dataset again with tools/preprocess_data.py")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); copy it again, or write the dataset again with tools/preprocess_data.py") from error
+    version = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if version not in (SIDE_FORMAT, _UNSEALED_FORMAT):
+        raise DataError(f"{path}: expected a side file of format {SIDE_FORMAT}, found {version!r}; write the dataset again with tools/preprocess_data.py")
+    if version == SIDE_FORMAT:
+        if not seal_holds(text, content):
+            raise DataError(f"{path}: its text is not the one its seal was made for, so it was changed after it was written; copy or write the dataset again")
+        del content[SEAL]
     names = {field.name for field in dataclasses.fields(SideFile)}
     if names != content.keys():
         raise DataError(f"{path}: fields missing: {sorted(names - content.keys())}, unknown: {sorted(content.keys() - names)}; write the dataset again")
+    if odd := [name for name, value in content.items() if not _has_type(name, value)]:
+        raise DataError(f"{path}: {odd[0]}={content[odd[0]]!r} is of the wrong type; write the dataset again")
     return SideFile(**content)
 
 
-def check_dataset(prefix: str, vocab_size: int, tokenizer_fingerprint: str | None = None) -> SideFile:
-    """Make sure that the dataset is whole and fits the model, by sizes and the side file alone (no token is read).
-
-    Args:
-        prefix: path without .bin, .idx, .json.
-        vocab_size: tokens the model knows.
-        tokenizer_fingerprint: of the tokenizer the run uses; None where the run names none.
-    Raises:
-        DataError: naming the file, what was found and what was expected.
-    """
-    side, paths = read_side_file(prefix), paths_of(prefix)
-    expected = {"bin": side.bin_bytes, "idx": side.idx_bytes}
-    for kind, size in expected.items():
-        if not paths[kind].is_file():
-            raise DataError(f"{paths[kind]}: missing, though {paths['json']} says the dataset is complete; copy it again")
-        found = paths[kind].stat().st_size
-        if found != size:
-            raise DataError(f"{paths[kind]}: {found} bytes, {paths['json']} says {size}; the file was cut off or replaced: copy or write the dataset again")
-    described = {"bin": side.num_tokens * np.dtype(side.dtype).itemsize, "idx": _IDX_HEADER.size + 12 * side.num_sequences + 8 * (side.num_documents + 1)}
-    for kind, size in described.items():
-        if expected[kind] != size:
-            raise DataError(f"{paths['json']}: {kind}_bytes={expected[kind]}, but {side.num_documents} documents of {side.num_tokens} tokens take {size}; "
-                            "the side file was changed: write the dataset again")
-    if side.largest_token_id >= vocab_size:
-        raise DataError(f"{paths['json']}: token id {side.largest_token_id} is beyond the model's vocabulary of {vocab_size} (model.vocab_size); "
-                        f"the dataset was made with {side.tokenizer_name} of {side.vocab_size} tokens")
-    if tokenizer_fingerprint is not None and tokenizer_fingerprint != side.tokenizer_fingerprint:
-        raise DataError(f"{paths['json']}: made with another tokenizer ({side.tokenizer_name}, fingerprint {side.tokenizer_fingerprint[:12]}) than "
-                        f"data.tokenizer (fingerprint {tokenizer_fingerprint[:12]}); write the dataset again with this tokenizer, or name the one that made it")
-    return side
-
-
-def verify_content(prefix: str) -> SideFile:
-    """Read both files whole and compare their sha256 with the side file: finds a flipped bit, which sizes cannot.
-
-    Raises:
-        DataError: a file is missing, or its content is not what was written.
-    """
-    side, paths = read_side_file(prefix), paths_of(prefix)
-    check_dataset(prefix, side.largest_token_id + 1)
-    for kind, expected in (("bin", side.bin_sha256), ("idx", side.idx_sha256)):
-        found = _sha256(paths[kind])
-        if found != expected:
-            raise DataError(f"{paths[kind]}: sha256 {found[:12]}..., {paths['json']} says {expected[:12]}...; the content was changed: "
-                            "copy or write the dataset again")
-    return side
+def _has_type(name: str, value: Any) -> bool:
+    if name == "eod_id" and value is None:
+        return True
+    annotation = next(str(field.type) for field in dataclasses.fields(SideFile) if field.name == name)
+    kind = {"int": int, "str": str, "list": list, "dict": dict}[annotation.split("[")[0].split(" ")[0]]
+    return isinstance(value, kind) and (name != "dtype" or value in DTYPE_CODES)
 
 
 def _missing(prefix: str, path: Path) -> str:
-    paths = paths_of(prefix)
-    if paths["bin"].is_file() and paths["idx"].is_file():
-        return (f"{path}: missing beside {paths['bin'].name} and {paths['idx'].name}; the dataset was not finished, or another program made it: "
-                "write it with tools/preprocess_data.py")
     suffix = Path(prefix).suffix
     hint = f"; give the prefix without {suffix}" if suffix in (".bin", ".idx", ".json") else ""
     return f"{path}: no such file; a dataset is PREFIX.bin, PREFIX.idx and PREFIX.json, written by tools/preprocess_data.py{hint}"
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path, count: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file; `count` is called with the number of bytes read since its last call."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while chunk := stream.read(_HASH_BYTES):
             digest.update(chunk)
+            if count is not None:
+                count(len(chunk))
     return digest.hexdigest()

@@ -20,16 +20,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_skywork.data.documents import Block, expand_inputs, read_blocks
-from megatron_skywork.data.encoding import Encoded, EncodingOptions, encode_block, encode_in_worker, start_worker
+from megatron_skywork.data.documents import BAD_LINE_REASONS, MAX_LINE_BYTES, Block, expand_inputs, read_blocks
+from megatron_skywork.data.encoding import EMPTY, Encoded, EncodingOptions, encode_block, encode_in_worker, start_worker
 from megatron_skywork.data.file_lock import exclusive
 from megatron_skywork.data.indexed import IndexedWriter, SideFile, paths_of
 from megatron_skywork.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_skywork.errors import ConfigError, DataError
 
 _BLOCKS_PER_WORKER = 4
-_BAD_LINES_SHOWN = 10
-_BAD_LINES_LISTED = 100
+_LEFT_OUT_SHOWN = 10
+_LEFT_OUT_LISTED = 100
+_COUNTED = ("lines", "documents", "held_out", EMPTY, "blank_lines", "bad_lines", *BAD_LINE_REASONS)
 _PLAIN_SECONDS = 10.0
 _LIVE_SECONDS = 0.2
 
@@ -47,6 +48,8 @@ class PreprocessOptions:
     eod_token: str | None = None
     prepend_bos: bool = False
     on_bad_line: str = "stop"
+    on_empty: str = "skip"
+    max_line_bytes: int = MAX_LINE_BYTES
     holdout: float = 0.0
     holdout_output: str | None = None
     seed: int = 1234
@@ -57,8 +60,11 @@ class PreprocessOptions:
         found = []
         if self.workers < 1:
             found.append(f"--workers {self.workers}: at least 1")
-        if self.on_bad_line not in ("stop", "skip"):
-            found.append(f"--on-bad-line {self.on_bad_line}: stop or skip")
+        for name, choice in (("--on-bad-line", self.on_bad_line), ("--on-empty", self.on_empty)):
+            if choice not in ("stop", "skip"):
+                found.append(f"{name} {choice}: stop or skip")
+        if self.max_line_bytes < 1:
+            found.append(f"--max-line-bytes {self.max_line_bytes}: at least 1")
         if not 0 <= self.holdout < 1:
             found.append(f"--holdout {self.holdout}: a share from 0 up to, not including, 1")
         if (self.holdout > 0) != (self.holdout_output is not None):
@@ -78,14 +84,14 @@ class Result:
 
     Attributes:
         outputs: side file of each prefix written.
-        counts: lines and documents, and those left out by reason.
-        bad_lines: "file:line: reason" of the first hundred.
+        counts: lines and documents, and those left out by reason; bad_lines is the sum of the reasons behind it.
+        left_out: "file:line: reason" of the first hundred bad lines and empty documents.
         seconds: wall clock from the first line read to the last file published.
     """
 
     outputs: dict[str, SideFile] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("lines", "documents", "held_out", "empty_documents", "blank_lines", "bad_lines"), 0))
-    bad_lines: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTED, 0))
+    left_out: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -176,7 +182,7 @@ def _encoding_options(options: PreprocessOptions, tokenizer: Tokenizer) -> Encod
     if options.prepend_bos and tokenizer.bos_id is None:
         raise DataError(f"tokenizer {options.tokenizer}: names no beginning-of-sequence token; leave --prepend-bos out")
     return EncodingOptions(tokenizer=options.tokenizer, field=options.field, bos_id=tokenizer.bos_id if options.prepend_bos else None, eod_id=eod_id,
-                           holdout=options.holdout, seed=options.seed)
+                           holdout=options.holdout, seed=options.seed, max_line_bytes=options.max_line_bytes)
 
 
 def _reserve(prefix: str, overwrite: bool, stack: ExitStack) -> None:
@@ -197,7 +203,7 @@ def _reserve(prefix: str, overwrite: bool, stack: ExitStack) -> None:
 def _write_documents(options: PreprocessOptions, encoding: EncodingOptions, files: list[str], writers: list[IndexedWriter], tokenizer: Tokenizer,
                      progress: Progress) -> Result:
     result = Result()
-    blocks = (block for file in files for block in read_blocks(file))
+    blocks = (block for file in files for block in read_blocks(file, options.max_line_bytes))
     encoded = _encode_on_workers(blocks, encoding, options.workers) if options.workers > 1 else _encode_here(blocks, tokenizer, encoding)
     counts = result.counts
     with closing(encoded):  # ends the workers at once where a bad line stops the run
@@ -208,24 +214,27 @@ def _write_documents(options: PreprocessOptions, encoding: EncodingOptions, file
             counts["lines"] += block.num_lines
             counts["documents"] += len(block.lengths)
             counts["held_out"] += len(block.held_lengths)
-            counts["empty_documents"] += block.empty
             counts["blank_lines"] += block.blank
-            for number, reason in [*block.bad, *([block.damage] if block.damage else [])]:
-                _note_bad_line(options, f"{block.path}:{number}: {reason}", result, progress)
+            for number, reason, why in block.left_out:
+                _leave_out(options, reason, f"{block.path}:{number}: {why}", result, progress)
             progress.show(counts["documents"] + counts["held_out"], sum(writer.num_tokens for writer in writers), block.path)
     return result
 
 
-def _note_bad_line(options: PreprocessOptions, line: str, result: Result, progress: Progress) -> None:
-    if options.on_bad_line == "stop":
-        raise DataError(f"{line}; nothing was written: mend the file, or give --on-bad-line skip to leave such lines out")
-    result.counts["bad_lines"] += 1
-    if len(result.bad_lines) < _BAD_LINES_LISTED:
-        result.bad_lines.append(line)
-    if result.counts["bad_lines"] <= _BAD_LINES_SHOWN:
+def _leave_out(options: PreprocessOptions, reason: str, line: str, result: Result, progress: Progress) -> None:
+    option, choice = ("--on-empty", options.on_empty) if reason == EMPTY else ("--on-bad-line", options.on_bad_line)
+    if choice == "stop":
+        raise DataError(f"{line}; nothing was written: mend the file, or give {option} skip to leave such lines out")
+    result.counts[reason] += 1
+    if reason != EMPTY:
+        result.counts["bad_lines"] += 1
+    count = result.counts["bad_lines"] + result.counts[EMPTY]
+    if count <= _LEFT_OUT_LISTED:
+        result.left_out.append(line)
+    if count <= _LEFT_OUT_SHOWN:
         progress.say(f"skipped {line}")
-    elif result.counts["bad_lines"] == _BAD_LINES_SHOWN + 1:
-        progress.say("more bad lines are skipped and counted without being shown")
+    elif count == _LEFT_OUT_SHOWN + 1:
+        progress.say("more lines are skipped and counted without being shown")
 
 
 def _finish(options: PreprocessOptions, encoding: EncodingOptions, files: list[str], writers: list[IndexedWriter], tokenizer: Tokenizer,
@@ -233,7 +242,7 @@ def _finish(options: PreprocessOptions, encoding: EncodingOptions, files: list[s
     """Complete every output, then publish them together."""
     for writer in writers:
         if not writer.num_documents:
-            summary = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.counts.items())
+            summary = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result.counts.items() if count)
             advice = f"raise --holdout {options.holdout} or give more documents" if len(writers) > 1 else f"is --field {options.field!r} right?"
             raise DataError(f"{writer.prefix}: no document would be in it ({summary}); {advice}")
     facts = {"tokenizer_name": tokenizer.name, "tokenizer_fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "eod_id": encoding.eod_id}
@@ -241,7 +250,8 @@ def _finish(options: PreprocessOptions, encoding: EncodingOptions, files: list[s
     for role, writer in zip(("train", "holdout"), writers, strict=False):
         chosen: dict[str, Any] = {
             "field": options.field, "append_eod": options.append_eod, "prepend_bos": options.prepend_bos, "on_bad_line": options.on_bad_line,
-            "holdout": options.holdout, "part": role if options.holdout else "all", "seed": options.seed}
+            "on_empty": options.on_empty, "max_line_bytes": options.max_line_bytes, "holdout": options.holdout,
+            "part": role if options.holdout else "all", "seed": options.seed}
         result.outputs[writer.prefix] = writer.finish(facts, sources, chosen, result.counts)
     for writer in writers:
         writer.unpublish()

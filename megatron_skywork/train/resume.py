@@ -174,8 +174,8 @@ def _what_was_saved(run_dir: Path) -> tuple[str | None, int]:
             evidence = f"{metrics} says that step {record.get('step')} was {'saved' if record['event'] == 'save' else 'loaded'}"
     try:
         status = json.loads((run_dir / "run_status.json").read_text(encoding="utf-8"))
-        status = (status.get("before") or {}) if status["status"] == "starting" else status
-    except (OSError, ValueError, KeyError, AttributeError):
+        status = (status.get("before") or {}) if status.get("step") is None else status
+    except (OSError, ValueError, AttributeError):
         status = {}
     # A run that was stopped or is done has saved; one that began at a later step than 0 had loaded something.
     if evidence is None and status.get("status") in ("stopped", "done", "running") and status.get("step"):

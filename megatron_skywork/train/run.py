@@ -82,6 +82,7 @@ class Status:
 
     def __init__(self, run_dir: Path, is_writer: bool):
         self._run_dir, self._is_writer, self._started = run_dir, is_writer, time.time()
+        self._before = _came_to(run_dir) if is_writer else None
 
     def begin(self, config: Config) -> None:
         """Leave what the run was started with."""
@@ -91,27 +92,31 @@ class Status:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             _replace(self._run_dir / "config.yaml", dump_config(config))
             _replace(self._run_dir / "env.json", json.dumps(environment(), indent=1))
-            self.write("starting", before=self._before())
+            self.write("starting")
         except OSError as failure:
             raise ConfigError(f"run_dir={self._run_dir}: cannot be written ({failure.strerror}: {failure.filename}); choose a folder that can") from failure
-
-    def _before(self) -> dict[str, Any] | None:
-        """What an earlier process of this run left: whether there should be a checkpoint is read from it (train/resume.py)."""
-        try:
-            found = json.loads((self._run_dir / "run_status.json").read_text(encoding="utf-8"))
-            before = found.get("before") if found.get("status") == "starting" else {name: found.get(name) for name in ("status", "step")}
-            return before if isinstance(before, dict) else None
-        except (OSError, ValueError, AttributeError):
-            return None
 
     def write(self, status: str, **fields: Any) -> None:
         """Replace the status: starting, running, done, stopped (go on with the same command) or failed."""
         if self._is_writer:
-            record = {"status": status, **fields, "host": socket.gethostname(), "process": os.getpid(), "started": self._started, "updated": time.time()}
+            # Until this process knows its step, the last one's stands here too: whether there should be a checkpoint is read from it (resume.py).
+            before = {"before": self._before} if fields.get("step") is None and self._before else {}
+            identity = {"host": socket.gethostname(), "process": os.getpid(), "started": self._started, "updated": time.time()}
+            record = {"status": status, **fields, **before, **identity}
             try:
                 _replace(self._run_dir / "run_status.json", json.dumps(record, indent=1))
             except OSError as failure:  # a full disk, say; it must not take the place of the error that is being reported
                 print(f"warning: {self._run_dir / 'run_status.json'} could not be written: {failure}", file=sys.stderr, flush=True)
+
+
+def _came_to(run_dir: Path) -> dict[str, Any] | None:
+    """Status and step of the last process of a run that knew its step."""
+    try:
+        found = json.loads((run_dir / "run_status.json").read_text(encoding="utf-8"))
+        before = found.get("before") if found.get("step") is None else {name: found[name] for name in ("status", "step")}
+        return before if isinstance(before, dict) else None
+    except (OSError, ValueError, AttributeError, KeyError):
+        return None
 
 
 def environment() -> dict[str, Any]:

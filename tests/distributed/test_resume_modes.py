@@ -104,14 +104,14 @@ def test_fresh_weights_never_take_the_place_of_lost_ones(ranks: RankPool, done: 
         (tmp_path / "status" / "run_status.json").write_text(json.dumps({"status": status, "step": step}))
         answer = ranks.run(1, attempt, _settings(done, tmp_path / "status", {"checkpoint": {"save_at_end": False, "every": 0}}))[0]
         assert (answer is not None and f"run_status.json says {status} at step {step}" in answer) == refused, (status, step, answer)
-    # A process that starts replaces the status, and one that dies then must not have wiped out what the one before said.
-    for run in ("first", "second"):
-        (tmp_path / run).mkdir()
-        (tmp_path / run / "run_status.json").write_text(json.dumps({"status": "stopped", "step": 3}))
-        for _ in range(1 if run == "first" else 2):
-            Status(tmp_path / run, is_writer=True).begin(Config(**_settings(done, tmp_path / run)))
-        answer = ranks.run(1, attempt, _settings(done, tmp_path / run))[0]
-        assert answer is not None and "run_status.json says stopped at step 3" in answer
+    # Processes that start, and are refused, replace the status; what the one before them came to must still be there.
+    (tmp_path / "starts").mkdir()
+    (tmp_path / "starts" / "run_status.json").write_text(json.dumps({"status": "stopped", "step": 3}))
+    for _ in range(2):
+        status = Status(tmp_path / "starts", is_writer=True)
+        status.begin(Config(**_settings(done, tmp_path / "starts")))
+        assert "run_status.json says stopped at step 3" in str(ranks.run(1, attempt, _settings(done, tmp_path / "starts"))[0])
+        status.write("failed", step=None, reason="refused", exit_code=3)
 
 
 def test_a_run_that_never_saved_starts_again_and_says_so(ranks: RankPool, done: Path, tmp_path: Path) -> None:

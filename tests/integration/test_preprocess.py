@@ -18,9 +18,10 @@ import zstandard
 from data_samples import make_bpe_folder, make_sentencepiece, sentences, write_jsonl
 
 from megatron_skywork.data.documents import read_blocks
-from megatron_skywork.data.indexed import check_dataset, paths_of, read_side_file
+from megatron_skywork.data.indexed import paths_of, read_side_file
 from megatron_skywork.data.preprocess import PreprocessOptions, Result, preprocess
 from megatron_skywork.data.tokenizers import load_tokenizer
+from megatron_skywork.data.verification import check_dataset, verify_content
 from megatron_skywork.errors import ConfigError, DataError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
@@ -66,7 +67,7 @@ def test_every_document_in_order_from_every_kind_of_file(folder: Path, tmp_path:
     result = run(folder, tmp_path / "out", tokenizer=tokenizer)
     loaded = load_tokenizer(folder / tokenizer)
     assert documents(tmp_path / "out") == [[*loaded.encode(text), loaded.eos_id] for text in TEXTS]
-    side = check_dataset(str(tmp_path / "out"), loaded.vocab_size, loaded.fingerprint)
+    side = check_dataset(str(tmp_path / "out"), loaded.vocab_size, loaded)
     assert side == result.outputs[str(tmp_path / "out")]
     assert [Path(source["path"]).name for source in side.sources] == ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
@@ -103,10 +104,9 @@ def test_exit_codes_and_messages_of_the_command(folder: Path, tmp_path: Path) ->
     for done in (usage, both, missing, bad):
         assert "Traceback" not in done.stderr and not done.stdout
     skipped = tool("--input", "bad.jsonl", "--output", "y", "--tokenizer", folder / "sp", "--on-bad-line", "skip", cwd=tmp_path)
-    assert skipped.returncode == 0 and "1 blank lines, 1 bad lines" in skipped.stdout and "skipped bad.jsonl:3" in skipped.stderr
+    assert skipped.returncode == 0 and "1 blank lines, 1 bad lines (1 no text)" in skipped.stdout and "skipped bad.jsonl:3" in skipped.stderr
     assert "\r" not in skipped.stderr and "\x1b" not in skipped.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "y.bin", "y.idx", "y.json"]
-    assert tool("--verify", "y", cwd=tmp_path).returncode == 0
 
 
 def test_the_command_does_not_wait_for_torch(folder: Path, tmp_path: Path) -> None:
@@ -122,18 +122,30 @@ def test_the_command_does_not_wait_for_torch(folder: Path, tmp_path: Path) -> No
 def test_bad_lines_are_refused_or_skipped_with_file_and_number(folder: Path, tmp_path: Path, workers: int) -> None:
     good = [json.dumps({"text": text}).encode() for text in TEXTS[:1200]]
     lines = list(good)
-    lines[700:700] = [b"{", b'{"text": "\xff"}', b'{"other": "a"}', b"", b'{"text": ""}', b'{"text": "\\ud800"}']
+    lines[700:700] = [b"{", b'{"text": "\xff"}', b'{"other": "a"}', b"", b'{"text": ""}', b'{"text": "\\ud800"}', b'{"text": 5}', b"[]", b"\0" * 4096,
+                      b'{"text": "' + b"a" * 500_000 + b'"}']
     (tmp_path / "bad.jsonl").write_bytes(b"\n".join(lines))
-    arguments: dict[str, Any] = {"inputs": [str(tmp_path / "bad.jsonl")], "workers": workers}
+    arguments: dict[str, Any] = {"inputs": [str(tmp_path / "bad.jsonl")], "workers": workers, "max_line_bytes": 400_000}
     with pytest.raises(DataError, match=r"bad.jsonl:701: invalid JSON"):
         run(folder, tmp_path / "out", **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
     result = run(folder, tmp_path / "out", on_bad_line="skip", **arguments)
-    assert result.counts == {"lines": 1206, "documents": 1200, "held_out": 0, "empty_documents": 1, "blank_lines": 1, "bad_lines": 4}
-    assert [line.split(": ")[0].rpartition(":")[2] for line in result.bad_lines] == ["701", "702", "703", "706"]
+    reasons = dict.fromkeys(("invalid_json", "invalid_utf8", "no_field", "half_character", "no_text", "no_object", "nul_byte", "too_long"), 1)
+    counts = {"lines": 1210, "documents": 1200, "held_out": 0, "empty_documents": 1, "blank_lines": 1, "bad_lines": 8, **reasons, "unreadable_rest": 0}
+    assert result.counts == counts
+    assert [line.split(": ")[0].rpartition(":")[2] for line in result.left_out] == ["701", "702", "703", "705", "706", "707", "708", "709", "710"]
     assert read_side_file(str(tmp_path / "out")).counts == result.counts
     loaded = load_tokenizer(folder / "bpe")
     assert documents(tmp_path / "out") == [[*loaded.encode(text), loaded.eos_id] for text in TEXTS[:1200]]
+
+
+def test_an_empty_document_is_refused_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "some.jsonl", [*TEXTS[:3], "", *TEXTS[3:5]])
+    options: dict[str, Any] = {"inputs": [str(tmp_path / "some.jsonl")]}
+    with pytest.raises(DataError, match=r"some.jsonl:4: field 'text' holds no token; nothing was written: .*--on-empty skip"):
+        run(folder, tmp_path / "out", on_empty="stop", **options)
+    result = run(folder, tmp_path / "out", **options)
+    assert (result.counts["documents"], result.counts["empty_documents"], result.counts["bad_lines"]) == (5, 1, 0) and len(result.left_out) == 1
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "c.jsonl.zst"])
@@ -146,7 +158,7 @@ def test_a_truncated_file_is_refused_or_read_to_the_cut(folder: Path, tmp_path: 
         run(folder, tmp_path / "out", inputs=[str(cut)])
     if readable:
         result = run(folder, tmp_path / "out", inputs=[str(cut), str(folder / "docs" / "a.jsonl")], on_bad_line="skip")
-        assert result.counts["documents"] == readable + 500 and result.counts["bad_lines"] == 1
+        assert result.counts["documents"] == readable + 500 and result.counts["bad_lines"] == result.counts["unreadable_rest"] == 1
 
 
 def test_an_existing_dataset_is_kept_unless_told_otherwise(folder: Path, tmp_path: Path) -> None:
@@ -239,3 +251,44 @@ def test_a_killed_run_leaves_no_dataset_and_no_process_and_can_be_run_again(fold
     run(folder, tmp_path / "out")
     assert read_side_file(str(tmp_path / "out")).num_documents == len(TEXTS)
     assert not [name for name in os.listdir(tmp_path) if "partial" in name]
+
+
+@pytest.mark.parametrize("kind", ["bin", "idx", "json"])
+def test_a_run_that_dies_between_two_names_leaves_no_dataset(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Beside an old dataset too: a .bin of one and an .idx of the other must never be read together."""
+    replace = os.replace
+
+    def dying(source: str | Path, target: str | Path) -> None:
+        if str(target).endswith(f"out.{kind}"):
+            os._exit(9)
+        replace(source, target)
+
+    for overwrite in (False, True):
+        child = os.fork()
+        if child == 0:
+            monkeypatch.setattr(os, "replace", dying)
+            run(folder, tmp_path / "out", inputs=[str(folder / "docs" / "a.jsonl")], overwrite=overwrite, seed=8)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        with pytest.raises(DataError):
+            check_dataset(str(tmp_path / "out"), 512)
+        run(folder, tmp_path / "out", inputs=[str(folder / "docs" / "a.jsonl")], overwrite=True)
+        assert verify_content(str(tmp_path / "out")).num_documents == 500
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
+
+
+def test_verify_looks_at_every_dataset_and_says_which_is_damaged(folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b", "plain"):
+        run(folder, tmp_path / name, inputs=[str(folder / "docs" / "a.jsonl")])
+    paths_of(str(tmp_path / "plain"))["json"].unlink()
+    done = tool("verify", "a", "b", "plain", cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[0].startswith("a: whole, 500 documents") and "no plain.json, so there is no hash to compare" in done.stdout.splitlines()[2]
+    damaged = bytearray((tmp_path / "a.bin").read_bytes())
+    damaged[100] ^= 4
+    (tmp_path / "a.bin").write_bytes(damaged)
+    done = tool("verify", "a", "b", "gone", "--json", cwd=tmp_path)
+    assert done.returncode == 3 and "error: a.bin: sha256" in done.stderr and "error: gone.json: no such file" in done.stderr
+    assert [(result["prefix"], result["whole"]) for result in json.loads(done.stdout)] == [("a", False), ("b", True), ("gone", False)]
+    assert tool("verify", cwd=tmp_path).returncode == 2
+    assert "Exit codes: 0 all are whole" in tool("verify", "--help", cwd=tmp_path).stdout

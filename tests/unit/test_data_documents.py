@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from megatron_skywork.data import documents
 from megatron_skywork.data.documents import BadLine, expand_inputs, parse_line, read_blocks
 from megatron_skywork.errors import DataError
 
@@ -86,10 +89,32 @@ def test_a_line_and_its_document() -> None:
     (b'{"text": "a"', "invalid JSON"), (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"), (b'["a"]', "expected a JSON object, found list"),
     (b'{"body": "a"}', "no field 'text'; the line has 'body'"), (b"{}", "the line has none"), (b'{"text": null}', "not a text but NoneType"),
     (b'{"text": "\\ud800"}', "half a surrogate pair"), (b"[" * 200_000, "nested too deeply"), (b'{"text": ' + b"1" * 9999 + b"}", "invalid JSON"),
-    ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8")])
+    ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8|NUL"), (b'{"text": "a\0b"}', "NUL at byte 11"), (b"\0" * 99, "NUL at byte 0 .*a hole")])
 def test_a_bad_line_says_why(line: bytes, reason: str) -> None:
     with pytest.raises(BadLine, match=reason):
         parse_line(line, "text")
+
+
+def test_every_reason_is_counted_as_something() -> None:
+    """The parent counts by these names: one that is not among them would be a KeyError in the middle of a run."""
+    named = {line.split('"')[1] for line in inspect.getsource(documents).splitlines() if "raise BadLine(" in line}
+    assert named | {"too_long", "unreadable_rest"} == set(documents.BAD_LINE_REASONS)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst"])
+def test_a_line_that_is_too_long_is_told_by_its_length_and_never_held(tmp_path: Path, kind: str) -> None:
+    pack = {"jsonl": bytes, "gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[kind]
+    content = b"a\n" + b"x" * 300_001 + b"\nb\n" + b"y" * 300_000 + b"\n" + b"z" * 999_999
+    blocks = list(read_blocks(str(written(tmp_path / f"long.{kind}", pack(content))), max_line_bytes=300_000))
+    assert [line for block in blocks for line in block.lines] == [b"a", 300_001, b"b", b"y" * 300_000, 999_999]
+    tracemalloc.start()
+    huge = written(tmp_path / f"huge.{kind}", pack(b"x" * 50_000_000))
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    assert [line for block in read_blocks(str(huge), max_line_bytes=1000) for line in block.lines] == [50_000_000]
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert kind != "jsonl" or peak < 2_000_000
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

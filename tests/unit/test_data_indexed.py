@@ -1,12 +1,10 @@
-"""The dataset on disk, and the side file that vouches for it."""
+"""The dataset on disk as it is written; `test_data_verification` damages it."""
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +12,15 @@ import pytest
 from data_samples import make_bpe_folder, make_dataset, sentences
 
 from megatron_skywork.data.file_lock import exclusive
-from megatron_skywork.data.indexed import IndexedWriter, check_dataset, paths_of, read_side_file, verify_content
+from megatron_skywork.data.indexed import IndexedWriter, SideFile, paths_of, read_side_file
 from megatron_skywork.data.tokenizers import load_tokenizer
-from megatron_skywork.errors import DataError
+from megatron_skywork.data.verification import check_dataset, verify_content
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("indexed")
     return make_dataset(folder, "set", make_bpe_folder(folder / "tokenizer"), count=30)
-
-
-@pytest.fixture
-def prefix(original: str, tmp_path: Path) -> str:
-    for path in paths_of(original).values():
-        shutil.copy(path, tmp_path)
-    return str(tmp_path / "set")
 
 
 def test_megatron_core_reads_what_was_written(original: str) -> None:
@@ -78,61 +69,6 @@ def test_the_files_are_those_of_megatron_cores_builder(tmp_path: Path, vocab_siz
         assert (tmp_path / f"ours.{kind}").read_bytes() == (tmp_path / f"theirs.{kind}").read_bytes()
 
 
-def test_a_whole_dataset_passes(prefix: str) -> None:
-    side = read_side_file(prefix)
-    assert check_dataset(prefix, side.largest_token_id + 1, side.tokenizer_fingerprint) == side
-
-
-def test_a_model_or_tokenizer_that_does_not_fit_is_refused(prefix: str) -> None:
-    side = read_side_file(prefix)
-    with pytest.raises(DataError, match=rf"set.json: token id {side.largest_token_id} is beyond the model's vocabulary of {side.largest_token_id}"):
-        check_dataset(prefix, side.largest_token_id)
-    with pytest.raises(DataError, match="another tokenizer"):
-        check_dataset(prefix, 512, "0" * 64)
-
-
-@pytest.mark.parametrize("kind", ["bin", "idx"])
-def test_files_of_another_size_are_refused(prefix: str, kind: str) -> None:
-    path = paths_of(prefix)[kind]
-    whole = path.read_bytes()
-    for content in (whole[:-1], whole + b"\0", b""):
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"set.{kind}: {len(content)} bytes, .*set.json says {len(whole)}"):
-            check_dataset(prefix, 512)
-    path.unlink()
-    with pytest.raises(DataError, match=rf"set.{kind}: missing"):
-        check_dataset(prefix, 512)
-
-
-@pytest.mark.parametrize("kind", ["bin", "idx"])
-def test_a_flipped_bit_is_found_by_reading_everything(prefix: str, kind: str) -> None:
-    path = paths_of(prefix)[kind]
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-    check_dataset(prefix, 512)
-    with pytest.raises(DataError, match=rf"set.{kind}: sha256"):
-        verify_content(prefix)
-
-
-def test_a_side_file_that_is_missing_or_odd_is_named(prefix: str) -> None:
-    path = paths_of(prefix)["json"]
-    content = json.loads(path.read_text())
-    for changed, reason in [({**content, "num_tokens": content["num_tokens"] + 1}, "the side file was changed"), ({**content, "format": 2}, "found 2"),
-                            ({key: value for key, value in content.items() if key != "dtype"}, r"fields missing: \['dtype'\]"), ([], "found 'list'")]:
-        path.write_text(json.dumps(changed))
-        with pytest.raises(DataError, match=reason):
-            check_dataset(prefix, 512)
-    path.write_text("{")
-    with pytest.raises(DataError, match="not valid JSON"):
-        check_dataset(prefix, 512)
-    path.unlink()
-    with pytest.raises(DataError, match="missing beside set.bin and set.idx"):
-        check_dataset(prefix, 512)
-    with pytest.raises(DataError, match="no such file.*give the prefix without .bin"):
-        check_dataset(f"{prefix}.bin", 512)
-
-
 def test_a_lock_keeps_others_out_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with exclusive(path) as alone:
@@ -148,6 +84,4 @@ def test_a_lock_keeps_others_out_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_side_file_holds_every_field_it_documents() -> None:
-    from megatron_skywork.data.indexed import SideFile
-
     assert all(field.name in (SideFile.__doc__ or "") for field in dataclasses.fields(SideFile) if field.name != "format")

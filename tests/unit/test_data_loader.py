@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import pytest
 import torch
 from data_samples import data_config, make_bpe_folder, make_dataset, make_sentencepiece
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 
 from megatron_skywork.config.schema import Config
-from megatron_skywork.data.datasets import OneEpochDataset, build_train_dataset, build_valid_datasets
-from megatron_skywork.data.indexed import paths_of
+from megatron_skywork.data.datasets import build_train_dataset, build_valid_datasets
+from megatron_skywork.data.indexed import IndexedWriter, paths_of
 from megatron_skywork.data.loader import PADDING, MicroBatches, build_train_loader, build_valid_loaders
 from megatron_skywork.errors import DataError
 
@@ -194,7 +195,9 @@ def test_data_that_does_not_fit_is_refused_before_a_token_is_read(folder: Path, 
     refuse("data.valid.mine: .*short holds", {"valid": {"mine": short}, "seq_length": 4096}, build=build_valid_datasets)
     refuse("data.valid.mine: no dataset named", {"valid": {"mine": []}}, build=build_valid_datasets)
     refuse("a.json: token id .* beyond the model's vocabulary of 100", {"train": [a]}, vocab_size=100)
-    refuse("a blend has one tokenizer", {"train": [a, str(folder / "other_tokenizer")]})
+    refuse("a run has one tokenizer", {"train": [a, str(folder / "other_tokenizer")]})
+    other = {"train": [a], "valid": {"mine": [str(folder / "other_tokenizer")]}}
+    refuse("data.valid.mine: .*other_tokenizer was made with .*, .*/a with .*a run has one tokenizer", other, build=build_valid_datasets)
     refuse("a.json: made with another tokenizer", {"train": [a], "tokenizer": str(folder / "sp" / "tokenizer.model")})
     refuse("nowhere.json: no such file", {"train": [str(folder / "nowhere")]})
     assert take(data_config(tmp_path, {"train": [short], "tokenizer": str(folder / "tokenizer"), "seq_length": tokens - 1}), 2)
@@ -215,44 +218,104 @@ def test_a_rewritten_dataset_does_not_meet_the_old_index(folder: Path, tmp_path:
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
-def test_a_damaged_or_forbidden_cache_is_named(folder: Path, tmp_path: Path) -> None:
-    config = data_config(tmp_path, {"train": [str(folder / "a")], "cache_dir": str(tmp_path / "cache")})
-    build_train_dataset(config)
-    samples = next((tmp_path / "cache").glob("*samples.npy"))
-    samples.write_bytes(samples.read_bytes()[:-8])
-    with pytest.raises(DataError, match="samples.npy: this sample index is damaged"):
-        build_train_dataset(config)
+def test_a_forbidden_cache_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="set data.cache_dir"):
         build_train_dataset(data_config(tmp_path, {"train": [str(folder / "a")], "cache_dir": str(tmp_path / "file")}))
 
 
-def test_many_processes_build_one_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forked, since what is tried is the lock, not the import. Of six processes one cuts each of the two datasets."""
-    config = blend(folder, tmp_path)
-    cut = OneEpochDataset._cut
+def test_a_damaged_cache_is_built_again(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What it would say is a number like any other: a flipped bit in it would be another sample, or one read from the middle of nowhere."""
+    config = data_config(tmp_path, {"train": [str(folder / "a")], "cache_dir": str(tmp_path / "cache")})
+    whole = [sample["tokens"] for sample in samples_of(build_train_dataset(config).datasets[0])]
+    for path in sorted((tmp_path / "cache").iterdir()):
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[len(content) // 2] ^= 1
+        path.write_bytes(damaged)
+        again = build_train_dataset(config).datasets[0]
+        assert path.read_bytes() == content and f"{path}: this sample index is damaged; it is built again" in caplog.text
+        assert all(torch.equal(sample["tokens"], tokens) for sample, tokens in zip(samples_of(again), whole, strict=True))
 
-    def counted(self: OneEpochDataset) -> Any:
-        time.sleep(0.1)  # long enough for the others to arrive
-        with open(tmp_path / "cuts", "a") as stream:
-            stream.write("x")
-        return cut(self)
 
-    monkeypatch.setattr(OneEpochDataset, "_cut", counted)
-    children = []
-    for _ in range(6):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                build_train_dataset(config)[3]
-                status = 0
-            finally:
-                os._exit(status)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 6
-    assert len(list((tmp_path / "run" / "data_cache").iterdir())) == 4
-    assert (tmp_path / "cuts").read_text() == "xx"
+def samples_of(source: Any) -> list[dict[str, Tensor]]:
+    return [source[index] for index in range(len(source))]
+
+
+def overwritten(folder: Path, tmp_path: Path, position: int, value: int) -> tuple[Config, str]:
+    """A copy of dataset `a` whose token at `position` of the file was changed behind everybody's back, and a config that reads all of it."""
+    for path in paths_of(str(folder / "a")).values():
+        shutil.copy(path, tmp_path)
+    tokens = np.memmap(tmp_path / "a.bin", dtype=np.uint16, mode="r+")
+    tokens[position] = value
+    tokens.flush()
+    return data_config(tmp_path, {"train": [str(tmp_path / "a")]}), str(tmp_path / "a.bin")
+
+
+@pytest.mark.parametrize("shift", [0, 1, 9, SEQ])
+def test_an_id_beyond_the_vocabulary_is_refused_with_file_document_and_token(folder: Path, tmp_path: Path, shift: int) -> None:
+    """At several places of the fourth sample, whose place in the file is worked out here from the documents' lengths."""
+    whole = build_train_dataset(data_config(tmp_path / "whole", {"train": [str(folder / "a")]})).datasets[0]
+    lengths = np.array(whole.dataset.sequence_lengths)
+    ends = np.cumsum(lengths[whole.document_index])
+    entry = int(np.searchsorted(ends, 3 * SEQ + shift, side="right"))
+    document = int(whole.document_index[entry])
+    token = 3 * SEQ + shift - int(ends[entry] - lengths[document])
+    config, path = overwritten(folder, tmp_path, int(lengths[:document].sum()) + token, 512)
+    source = build_train_dataset(config).datasets[0]
+    said = rf"{path}: token {token} of document {document} \(both counted from 0\) is 512, outside the model's vocabulary of 512 .*verify {path[:-4]}"
+    refused = 0
+    for sample in range(len(source)):
+        try:
+            source[sample]
+        except DataError as error:
+            refused += 1
+            assert re.fullmatch(said, str(error))
+    assert 1 <= refused <= 2  # a sample ends with the token that the next one begins with
+
+
+def test_an_id_below_zero_is_no_padding(tmp_path: Path) -> None:
+    """megatron-core pads with -1 and leaves it out of the loss: a damaged token would be left out without a word."""
+    writer = IndexedWriter(str(tmp_path / "a"), 70_000)
+    tokens = np.arange(2 * SEQ + 2, dtype=np.int32)
+    tokens[SEQ + 5] = -1
+    writer.add(tokens, np.array([len(tokens)]))
+    writer.finish({"tokenizer_name": "t", "tokenizer_fingerprint": "f", "vocab_size": 70_000, "eod_id": None}, [], {}, {})
+    writer.publish()
+    source = build_train_dataset(data_config(tmp_path, {"train": [str(tmp_path / "a")]})).datasets[0]
+    assert source[0]["loss_mask"].all()
+    with pytest.raises(DataError, match=f"token {SEQ + 5} of document 0 .* is -1"):
+        source[1]
+
+
+def test_a_loader_process_hands_the_sentence_on_without_its_traceback(folder: Path, tmp_path: Path) -> None:
+    config, path = overwritten(folder, tmp_path, 0, 60_000)
+    with pytest.raises(DataError) as here:
+        samples_of(build_train_dataset(config).datasets[0])
+    try:
+        raise here.value
+    except DataError:
+        handed_on = ExceptionWrapper(where="in DataLoader worker process 0")  # as torch does in the loader process
+    with pytest.raises(DataError) as there:
+        handed_on.reraise()
+    assert str(there.value) == str(here.value) and str(here.value).startswith(f"{path}: token 0 of document 0 ")
+
+
+def test_a_pair_without_a_side_file_is_read_as_the_same_samples(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As Megatron-LM leaves it; with data.tokenizer the end token is known, and documents are told apart."""
+    for kind in ("bin", "idx"):
+        shutil.copy(paths_of(str(folder / "a"))[kind], tmp_path)
+    data = {"train": [str(tmp_path / "a")], "reset_attention_mask": True, "reset_position_ids": True}
+    with pytest.raises(DataError, match=r"a.bin: its documents carry no end token, .*name data.tokenizer"):
+        build_train_dataset(data_config(tmp_path, data))
+    plain = build_train_dataset(data_config(tmp_path, {**data, "tokenizer": str(folder / "tokenizer")}))
+    assert "a.json: missing; sizes and structure were checked" in caplog.text
+    recorded = build_train_dataset(data_config(tmp_path / "other", {**data, "train": [str(folder / "a")]}))
+    for ours, theirs in zip(samples_of(plain.datasets[0]), samples_of(recorded.datasets[0]), strict=True):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    mixed = data_config(tmp_path, {"train": [str(tmp_path / "a"), str(folder / "b"), str(folder / "other_tokenizer")]})
+    with pytest.raises(DataError, match="a run has one tokenizer"):
+        build_train_dataset(mixed)
 
 
 def test_loader_processes_survive_the_signals_of_a_scheduler_and_end_with_the_run(folder: Path, tmp_path: Path) -> None:
