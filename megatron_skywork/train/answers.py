@@ -12,6 +12,7 @@ All ranks have the same verdict (`step.py`), so all give the same answer; nothin
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -113,13 +114,15 @@ class Answers:
 
 
 def refuse_differing_copies(run: Run, replicas: ReplicaCheck) -> NoReturn:
-    """End the run: some rank computes with parameters that are not those of the others.
+    """End the run: some rank computes with parameters that are not those of the others. A save on its way was begun with equal ones, and is finished.
 
     Raises:
         TrainingError: always, with who it is.
     """
     suspects = replicas.suspects()
     run.writers.event("replicas", run.state.step, suspects=[asdict(suspect) for suspect in suspects])
+    with contextlib.suppress(CheckpointError):  # recorded by then; who differs is what has to be said
+        run.settle_save(wait=True)
     raise TrainingError(
         f"step {run.state.step}: copies of parameters differ: {described(suspects)}. Nothing of this step was saved; "
         "have the machine looked at, or leave it out, and start again: the run goes on from its newest checkpoint"
