@@ -418,4 +418,5 @@ def test_one_bit_in_one_copy_is_found_and_named(ranks: RankPool, tmp_path: Path,
         assert all(suspect["num_tensors"] == 1 and ending.removesuffix(".weight").split(".")[0] in suspect["first"][0] for suspect in event["suspects"])
         assert ("differs from the majority" in text) == by_majority and f"{named[0]} on " in text
     assert len(events(tmp_path, "replicas")) == len(flips) + (not settings["parallel"].get("overlap"))
+    assert [event["event"] for event in events(tmp_path, "save", "replicas")][:3] == ["replicas", "save", "replicas"]
     assert [folder.name for folder in (tmp_path / "checkpoints").glob("*step_*")] == ["step_00000010"], "nothing is saved over it"
