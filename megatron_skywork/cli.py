@@ -46,6 +46,8 @@ def build_parser() -> Parser:
     parser.add_argument("--dry-run", action="store_true", help="check the settings, print the plan (parameters, FLOPs, groups) and exit; needs no GPU")
     parser.add_argument("--world-size", type=int, metavar="W", help="number of ranks the dry run is for (default: the variable WORLD_SIZE, or 1)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+    parser.add_argument(
+        "--check-replicas", type=int, metavar="N", help="every N steps compare the copies of parameters on several ranks (the setting train.check_replicas)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
     return parser
 
@@ -102,7 +104,8 @@ def pretrain(arguments: Sequence[str]) -> NoReturn:
         if options.json and not options.dry_run:
             parser.error("--json goes with --dry-run")
         world_size = world_size_from(options.world_size, os.environ, options.dry_run)
-        config = load_config(options.config, options.overrides, world_size)
+        checks = [] if options.check_replicas is None else [f"train.check_replicas={options.check_replicas}"]
+        config = load_config(options.config, [*options.overrides, *checks], world_size)
         if options.dry_run:
             show(json.dumps(describe(config, world_size), indent=1) if options.json else plan_text(config, world_size))
             sys.exit(EXIT_DONE)

@@ -6,11 +6,10 @@ import random
 from typing import Any
 
 import numpy
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_skywork import device
+from megatron_skywork import device, parallel
 from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
@@ -36,26 +35,36 @@ def merged(weights: dict[str, Any]) -> dict[str, Any]:
     return weights.get("model", weights)
 
 
-def put_weights(chunks: list[Any], content: dict[str, Any], partial: bool = False) -> None:
+def put_weights(chunks: list[Any], content: dict[str, Any], absent: tuple[str, ...] = ()) -> None:
+    """Give the chunks their tensors; only names that end as one of `absent` may be missing, and then keep what they have.
+
+    Raises:
+        CheckpointError: something else is missing, or has no place.
+    """
     for number, chunk in enumerate(chunks):
         tensors = content["model" if len(chunks) == 1 else f"model{number}"]
-        outcome = unwrap(chunk).load_state_dict(tensors, strict=not partial)
-        if partial:
-            missing = [key for key in outcome.missing_keys if not key.endswith(NOT_WEIGHTS)]
-            if missing or outcome.unexpected_keys:
-                raise CheckpointError(f"weights do not fit the model: missing {missing}, unexpected {outcome.unexpected_keys}")
+        outcome = unwrap(chunk).load_state_dict(tensors, strict=not absent)
+        missing = [key for key in outcome.missing_keys if not key.endswith(absent)]
+        if missing or outcome.unexpected_keys:
+            raise CheckpointError(f"weights do not fit the model: missing {missing}, unexpected {outcome.unexpected_keys}")
 
 
 def random_states() -> dict[str, Any]:
-    """This rank's random states, under its own place among the ranks."""
+    """This rank's random states, under its own place in the layout: Python's, NumPy's, torch's (the GPU's too), and megatron-core's for tensor, data and
+    expert parallelism.
+    """
     states = {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
         "torch": device.rng_state(),
         "tracker": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
     }
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return {"states": ShardedObject("rng", states, (world,), (rank,), replica_id=0)}
+    return {"states": ShardedObject(_rng_key(parallel.coordinates()), states, (1,), (0,), replica_id=0)}
+
+
+def _rng_key(place: parallel.Coordinates) -> str:
+    """Names every coordinate, so that a state can only come back to the place it was saved at, however ranks are numbered."""
+    return "rng." + "-".join(f"{axis}{getattr(place, axis)}" for axis in ("tp", "cp", "dp", "pp", "etp", "ep"))
 
 
 def restore_rng(content: dict[str, Any]) -> None:

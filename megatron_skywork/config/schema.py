@@ -20,6 +20,9 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 # bf16 keeps 8 significant bits, so half the distance to a neighbour is at most 2^-8 of a value; derived in adamw.py.
 LARGEST_BETA_BF16 = 1 - 2**-8
 
+# What `resume.mode` may be beside a path.
+RESUME_MODES = ("auto", "strict", "none")
+
 # Given as the context of a validation: check every value by itself, and leave out `Section.rules`.
 VALUES_ONLY = "values only"
 
@@ -277,7 +280,9 @@ class Train(Section):
     keep_logits: bool = Field(
         True, description="In bf16 and fp16, keep logits for backward: 2 bytes per token and vocabulary entry of a rank; off, and always in fp32, they are computed again.")
     seed: NonNegative = Field(1234, le=2**31 - 1, description="Seed of weights, dropout and data order.")
-    max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run stops.")
+    max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run saves and stops.")
+    check_replicas: NonNegative = Field(
+        0, description="Steps between comparisons of the parameters that several ranks hold, by hash; a copy that differs ends the run and names the rank. 0 means never.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")
     time_limit_seconds: float | None = Field(None, gt=0, description="Save and stop when the process has run this long.")
     eval_every: NonNegative = Field(0, description="Steps between evaluations; 0 means only where asked at start and end.")
@@ -286,16 +291,46 @@ class Train(Section):
     eval_at_end: bool = Field(False, description="Evaluate after the last step.")
 
 
+class Spikes(Section):
+    """What is done about a step whose loss stands out above those before it."""
+
+    policy: Literal["off", "log", "skip", "rewind"] = Field(
+        "log", description="log: record it; skip: also leave the step's update out; rewind: go back to the newest checkpoint and pass over the data up to the spike.")
+    window: Positive = Field(128, description="Steps before it that a loss is compared with.")
+    threshold: float = Field(6.0, gt=0, description="Robust standard deviations above the window's median that make a spike (1.4826 times the median absolute deviation each).")
+    minimum_steps: Positive = Field(32, description="Nothing is a spike before the window holds so many losses.")
+    max_rewinds: NonNegative = Field(3, description="How often a run may go back; spikes after that are recorded only.")
+
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.minimum_steps > self.window:
+            yield ("minimum_steps", "window"), f"minimum_steps={self.minimum_steps} is above window={self.window}, which then never holds enough; raise window, or lower it"
+
+
 class Checkpoint(Section):
     """What is loaded and what is kept."""
 
     init_from: str | None = Field(None, description="Folder whose weights (not optimizer or step) start a new run; ignored when the run resumes.")
-    resume: Literal["auto", "none"] = Field("auto", description="auto: go on from the newest complete checkpoint of the run folder, if any; none: refuse a folder that has one.")
     every: NonNegative = Field(0, description="Steps between saves; 0 means only at the end and on a stop.")
     keep: Positive = Field(2, description="Newest complete checkpoints that are kept.")
     save_at_end: bool = Field(True, description="Save after the last step.")
     background: bool = Field(True, description="Training goes on while a thread writes; needs host memory for a copy of what each rank saves. false: it waits until all is written.")
     on_save_error: Literal["continue", "stop"] = Field("stop", description="After a save that failed: end the run, or go on and try again at the next one. The save at an end or a stop must succeed.")
+
+
+class Resume(Section):
+    """How a run goes on from what was saved."""
+
+    mode: str = Field("auto", description="auto: go on from the newest checkpoint of the run folder that verifies, start where there never was one; strict: there must be one; none: refuse a folder that has one; a path: go on from exactly this checkpoint, also of another run.")
+    allow_change: list[str] = Field(default_factory=list, description="Settings that may differ from the checkpoint's although results then differ too: [optim.lr], or ['optim.*'].")
+
+    @field_validator("allow_change", mode="before")
+    @classmethod
+    def _allow_change(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.mode not in RESUME_MODES and "/" not in self.mode:
+            yield ("mode",), f"mode={self.mode} is neither {', '.join(RESUME_MODES)} nor the path of a checkpoint folder (a path has a / in it: ./{self.mode})"
 
 
 class Metrics(Section):
@@ -319,7 +354,9 @@ class Config(Section):
     data: Data = Field(default_factory=Data, description="Tokens.")
     optim: Optim = Field(default_factory=Optim, description="Optimizer and schedule.")
     train: Train = Field(description="Length, batch, precision, seed.")
+    spikes: Spikes = Field(default_factory=Spikes, description="Loss spikes.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Loading and keeping.")
+    resume: Resume = Field(default_factory=Resume, description="Going on from what was saved.")
     metrics: Metrics = Field(default_factory=Metrics, description="Records.")
     megatron: dict[str, Any] = Field(default_factory=dict, description="Any field of megatron-core's TransformerConfig, passed through by name.")
 

@@ -20,14 +20,24 @@ CLOSE_SECONDS = 15.0
 ID_FILE = "wandb_id.txt"
 
 
-def run_id(run_dir: Path) -> str:
-    """The id under which W&B knows this run folder; made once, so that a resumed run continues it."""
+def known_run_id(run_dir: Path) -> str | None:
+    """The id under which W&B knows this run folder; None where it does not."""
     path = run_dir / ID_FILE
-    if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
-        return known
-    new = secrets.token_hex(4)
-    path.write_text(new + "\n", encoding="utf-8")
-    return new
+    return (path.read_text(encoding="utf-8").strip() or None) if path.exists() else None
+
+
+def keep_run_id(run_dir: Path, run_id: str) -> None:
+    """Go on under an id from a checkpoint, where the folder has none of its own."""
+    if known_run_id(run_dir) is None:
+        (run_dir / ID_FILE).write_text(run_id + "\n", encoding="utf-8")
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of this run folder; made once, so that a resumed run continues it."""
+    keep_run_id(run_dir, secrets.token_hex(4))
+    known = known_run_id(run_dir)
+    assert known is not None
+    return known
 
 
 class WandbFollower:

@@ -82,6 +82,7 @@ class Status:
 
     def __init__(self, run_dir: Path, is_writer: bool):
         self._run_dir, self._is_writer, self._started = run_dir, is_writer, time.time()
+        self._before = _came_to(run_dir) if is_writer else None
 
     def begin(self, config: Config) -> None:
         """Leave what the run was started with."""
@@ -98,11 +99,24 @@ class Status:
     def write(self, status: str, **fields: Any) -> None:
         """Replace the status: starting, running, done, stopped (go on with the same command) or failed."""
         if self._is_writer:
-            record = {"status": status, **fields, "host": socket.gethostname(), "process": os.getpid(), "started": self._started, "updated": time.time()}
+            # Until this process knows its step, the last one's stands here too: whether there should be a checkpoint is read from it (resume.py).
+            before = {"before": self._before} if fields.get("step") is None and self._before else {}
+            identity = {"host": socket.gethostname(), "process": os.getpid(), "started": self._started, "updated": time.time()}
+            record = {"status": status, **fields, **before, **identity}
             try:
                 _replace(self._run_dir / "run_status.json", json.dumps(record, indent=1))
             except OSError as failure:  # a full disk, say; it must not take the place of the error that is being reported
                 print(f"warning: {self._run_dir / 'run_status.json'} could not be written: {failure}", file=sys.stderr, flush=True)
+
+
+def _came_to(run_dir: Path) -> dict[str, Any] | None:
+    """Status and step of the last process of a run that knew its step."""
+    try:
+        found = json.loads((run_dir / "run_status.json").read_text(encoding="utf-8"))
+        before = found.get("before") if found.get("step") is None else {name: found[name] for name in ("status", "step")}
+        return before if isinstance(before, dict) else None
+    except (OSError, ValueError, AttributeError, KeyError):
+        return None
 
 
 def environment() -> dict[str, Any]:
@@ -112,7 +126,6 @@ def environment() -> dict[str, Any]:
     found = {distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions() if distribution.metadata["Name"]}
     return {
         **versions(),
-        "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: found[name] for name in PACKAGES if name in found},
         "device": device.name(),
