@@ -85,11 +85,14 @@ def test_a_line_and_its_document() -> None:
     assert parse_line(b" \t\r", "text") is None
 
 
-@pytest.mark.parametrize(("line", "reason"), [
+BAD_LINES = [
     (b'{"text": "a"', "invalid JSON"), (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"), (b'["a"]', "expected a JSON object, found list"),
     (b'{"body": "a"}', "no field 'text'; the line has 'body'"), (b"{}", "the line has none"), (b'{"text": null}', "not a text but NoneType"),
     (b'{"text": "\\ud800"}', "half a surrogate pair"), (b"[" * 200_000, "nested too deeply"), (b'{"text": ' + b"1" * 9999 + b"}", "invalid JSON"),
-    ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8|NUL"), (b'{"text": "a\0b"}', "NUL at byte 11"), (b"\0" * 99, "NUL at byte 0 .*a hole")])
+    ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8|NUL"), (b'{"text": "a\0b"}', "NUL at byte 11"), (b"\0" * 99, "NUL at byte 0 .*a hole")]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
 def test_a_bad_line_says_why(line: bytes, reason: str) -> None:
     with pytest.raises(BadLine, match=reason):
         parse_line(line, "text")
