@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def main() -> int:
     if arguments.list:
         print("\n".join(fault.name for fault in faults))
         return 0
+    warnings.filterwarnings("ignore")  # libraries' advice to their own developers
     started = time.monotonic()
     rows = run(faults, arguments.short)
     print("\n".join(table(rows)))

@@ -273,6 +273,9 @@ def test_control_characters_of_names_are_not_printed(copies: dict[str, Path]):
     put_together(path, header, data)
     text = refused(copies["hf"])
     assert "\x1b" not in text and "\\x1b[2J\\x07" in text
+    header["a" * 100_000] = header.pop("\x1b[2J\x07")
+    put_together(path, header, data)
+    refused(copies["hf"])
     index = copies["sharded"] / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["\ud800"] = content["weight_map"][NAME]
