@@ -70,6 +70,7 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with exclusive(self._path.with_name(f".{FILE_NAME}.taking")):  # one after another, where the kernel's locks do work
                 self._mine = self._won()
+            _clear_leftovers(self._path)
         except OSError as failure:
             where = f"run_dir={self._path.parent}"
             raise ConfigError(f"{where}: cannot be written ({failure.strerror}: {failure.filename}); choose a folder that can") from failure
@@ -195,6 +196,14 @@ def _publish(path: Path, content: dict[str, Any]) -> bool:
         return _create(path, temporary.read_bytes())
     finally:
         temporary.unlink()
+
+
+def _clear_leftovers(path: Path) -> None:
+    """What processes left that were killed while they looked at the lock; another one's that is looking now is too young."""
+    for leftover in path.parent.glob(f".{FILE_NAME}.*.tmp"):
+        age = _age_seconds(leftover)
+        if age is not None and age > STALE_SECONDS:
+            leftover.unlink(missing_ok=True)
 
 
 def _create(path: Path, content: bytes) -> bool:

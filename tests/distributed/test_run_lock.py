@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,12 @@ def test_an_owner_on_another_machine_lives_as_long_as_it_shows(ranks: RankPool, 
     # A job that was requeued runs nowhere else any more: no waiting.
     path = owned(tmp_path, machine="another boot", job="77", restarts="0")
     assert ranks.run(2, take, str(tmp_path), {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}, 1e9)[1].startswith("held by")
+    # What a killed process left beside the lock is cleared away, what one that is looking now has there is not.
+    for name, age in ((".run.lock.old.tmp", 1000), (".run.lock.new.tmp", 0)):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert ranks.run(2, take, str(tmp_path), {}, 500.0)[1].startswith("held by")
+    assert [path.name for path in tmp_path.iterdir()] == [".run.lock.new.tmp"]
     # Nobody waits for what cannot be read for longer than for a silent owner.
     path.write_text("{")
     assert ranks.run(2, take, str(tmp_path), {}, 0.5)[1].startswith("held by")

@@ -12,6 +12,7 @@ from training_bodies import BASE, merged, records, release, train
 
 from megatron_skywork.convert.check.inspect_folder import inspect_folder
 from megatron_skywork.convert.check.verify_manifest import verify_folder
+from megatron_skywork.convert.files.marker import write_marker
 
 EP2 = {"parallel": {"ep": 2}, "train": {"steps": 4}, "checkpoint": {"every": 1, "keep": 2}}
 
@@ -46,7 +47,7 @@ def save_while_training(settings: dict[str, Any]) -> tuple[list[bool], float, fl
     training, gate, original = build(settings), threading.Event(), module.write_part
 
     def write_late(*args: Any) -> Any:
-        gate.wait()
+        gate.wait(60)
         return original(*args)
 
     module.write_part = write_late
@@ -361,6 +362,24 @@ def test_the_newest_folder_that_verifies_wins(ranks: RankPool, tmp_path: Path) -
     for name, (taken, passed_over) in first.items():
         assert taken == "step_00000001" and len(passed_over) == 1, (name, taken, passed_over)
         assert "step_00000002" in passed_over[0] and (name.split()[0] in passed_over[0] or name.startswith("complete.json")), (name, passed_over)
+
+
+def newest_of(run_dir: str) -> str | None:
+    from megatron_skywork.checkpoint.verify import newest
+
+    found, _ = newest(Path(run_dir))
+    return None if found is None else found.name
+
+
+def test_a_folder_from_before_there_were_manifests_counts_by_its_sizes(ranks: RankPool, tmp_path: Path) -> None:
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_bytes(b"weights")
+        write_marker(folder)
+    assert ranks.run(2, newest_of, str(tmp_path)) == ["step_00000002"] * 2
+    (folder / "__0_0.distcp").write_bytes(b"weight")
+    assert ranks.run(2, newest_of, str(tmp_path)) == ["step_00000001"] * 2
 
 
 def save_in_a_hurry(settings: dict[str, Any]) -> list[list[str]]:
