@@ -10,9 +10,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_skywork import device
-from megatron_skywork.config.schema import Config, Parallel
-
-GROUP_TIMEOUT = datetime.timedelta(minutes=30)
+from megatron_skywork.config.schema import Config, Parallel, Watchdog
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,12 @@ class Coordinates:
         return self.rank == 0
 
 
+def group_timeout(watchdog: Watchdog) -> datetime.timedelta:
+    """How long a collective may wait: a minute more than the longest phase, so that the watchdog, which knows more, speaks first."""
+    longest = max(watchdog.start_seconds, watchdog.step_seconds, watchdog.evaluation_seconds, watchdog.save_seconds)
+    return datetime.timedelta(seconds=longest + 60)
+
+
 def start(config: Config) -> Coordinates:
     """Join the job that torchrun (or SLURM) started and build every group. A process started by hand is a job of one.
 
@@ -44,17 +48,18 @@ def start(config: Config) -> Coordinates:
     if not torch.distributed.is_initialized():
         # Naming the device binds NCCL to it; otherwise the first barrier has to guess.
         bound = device.current() if device.has_gpu() else None
+        timeout = group_timeout(config.watchdog)
         if "RANK" in os.environ:
-            torch.distributed.init_process_group(device.backend(), timeout=GROUP_TIMEOUT, device_id=bound)
+            torch.distributed.init_process_group(device.backend(), timeout=timeout, device_id=bound)
         else:
             store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
-            torch.distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT, device_id=bound)
-    build_groups(config.parallel)
+            torch.distributed.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=timeout, device_id=bound)
+    build_groups(config.parallel, group_timeout(config.watchdog))
     seed_everything(config.train.seed)
     return coordinates()
 
 
-def build_groups(parallel: Parallel) -> None:
+def build_groups(parallel: Parallel, timeout: datetime.timedelta = datetime.timedelta(minutes=30)) -> None:
     """megatron-core's groups for this layout. Expert tensor parallelism is always passed: left unset megatron-core would take tp."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
@@ -64,6 +69,7 @@ def build_groups(parallel: Parallel) -> None:
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout / datetime.timedelta(minutes=1),
     )
 
 

@@ -26,6 +26,7 @@ from megatron_skywork.optim.build import build_optimizer
 from megatron_skywork.plan.flops import formula_text, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters
 from megatron_skywork.train.evaluate import evaluate
+from megatron_skywork.train.phases import EVALUATION, SAVE, Phases
 from megatron_skywork.train.step import Batch, StepResult, TrainStep
 
 
@@ -35,24 +36,28 @@ class Training:
     Args:
         config: checked settings.
         place: this rank, with process groups built.
+        phases: told what this rank is doing.
 
     Raises:
         CheckpointError, DataError, ConfigError: something does not fit; nothing has been trained.
     """
 
-    def __init__(self, config: Config, place: parallel.Coordinates):
-        self.config, self.place = config, place
+    def __init__(self, config: Config, place: parallel.Coordinates, phases: Phases | None = None):
+        self.config, self.place, self.phases = config, place, phases or Phases()
         self.run_dir = Path(config.run_dir)
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(self.phases.part)
         batch = config.train.global_batch_size
         micro_batches = batch // (config.train.micro_batch_size * place.dp_size)
         # megatron-core's schedules read the number of micro-batches of a step from this global.
         destroy_num_microbatches_calculator()
         init_num_microbatches_calculator(place.rank, None, batch, config.train.micro_batch_size, place.dp_size)
+        self.phases.part("model")
         self.chunks = wrap_for_training(config, build_chunks(config))
         self.optimizer = build_optimizer(config, self.chunks)
+        self.phases.part("checkpoint")
         self.state, self.resumed_from = self._restore()
         self.step = TrainStep(config, self.chunks, self.optimizer, micro_batches, self.timer)
+        self.phases.part("data")
         self.train_loader: Iterator[Batch] = build_train_loader(
             config, dp_rank=place.dp, dp_size=place.dp_size, consumed_samples=self.state.samples, pin_memory=device.has_gpu()
         )
@@ -105,6 +110,7 @@ class Training:
     def train_one_step(self) -> StepResult:
         """Advance by one step; a step whose gradients are not finite changes nothing but the position."""
         number = self.state.step + 1
+        self.phases.step(number)
         with self.timer.phase("step"):
             result = self.step(number, self.train_loader)
         samples = self.config.train.global_batch_size
@@ -166,12 +172,14 @@ class Training:
     def evaluate(self) -> None:
         """Loss on every validation set, and what routers and experts have to say, written."""
         if self.valid_loaders:
-            self.writers.evaluation({"step": self.state.step, **evaluate(self.config, self.chunks, self.valid_loaders)})
+            with self.phases.during(EVALUATION, self.state.step):
+                record = evaluate(self.config, self.chunks, self.valid_loaders)
+            self.writers.evaluation({"step": self.state.step, **record})
 
     def save(self) -> None:
         """A checkpoint of this step."""
         started = time.perf_counter()
-        with parameters_gathered(self.chunks):
+        with self.phases.during(SAVE, self.state.step), parameters_gathered(self.chunks):
             folder = checkpoint.save(self.config, self.state, self.chunks, self.optimizer)
         self.writers.event("save", self.state.step, folder=str(folder), seconds=time.perf_counter() - started)
 
