@@ -105,7 +105,7 @@ def pretrain(arguments: Sequence[str]) -> NoReturn:
 
 
 def _answer(arguments: Sequence[str]) -> int:
-    from megatron_skywork.config.load import load_config
+    from megatron_skywork.config.load import load_config, stated_run_dir
     from megatron_skywork.config.manual import manual_text
     from megatron_skywork.plan.describe import describe, plan_text
 
@@ -117,7 +117,12 @@ def _answer(arguments: Sequence[str]) -> int:
     if options.json and not options.dry_run:
         parser.error("--json goes with --dry-run")
     world_size = world_size_from(options.world_size, os.environ, options.dry_run)
-    config = load_config(options.config, options.overrides, world_size)
+    try:
+        config = load_config(options.config, options.overrides, world_size)
+    except ConfigError as error:
+        if not options.dry_run and os.environ.get("RANK", "0") == "0":
+            status.refuse(stated_run_dir(options.config, options.overrides), error)
+        raise
     if options.dry_run:
         show(json.dumps(describe(config, world_size), indent=1) if options.json else plan_text(config, world_size))
         return EXIT_DONE

@@ -20,7 +20,7 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
     elif settings.eval_at_start:
         training.evaluate()
 
-    stopped_by = None if training.is_finished else stop_request.agreed()
+    stopped_by = None
     saved_step, evaluated_step = training.state.step, None
     while not training.is_finished and stopped_by is None:
         result = training.train_one_step()

@@ -54,13 +54,15 @@ class Ring:
         self.rank, self.world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
         self.verdict: dict[str, Any] | None = None
         self.lost: tuple[int, Beat, str] | None = None
-        self.is_unreachable = False
+        self.is_unreachable = self.is_open = False
         self._beat, self._address = beat, (environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", ""))
         # The store may outlive an attempt, and its keys with it.
         self._prefix = f"watchdog/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._watched = {rank: (-1, time.monotonic()) for rank in self._neighbours(environment)}
         self._seen: dict[int, Beat] = {}
         self._ticks = 0
+        # torchrun's agent holds the store. Without it the first rank does, from the moment it starts the process groups.
+        self._waits_for_groups = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._interval = BEAT_SECONDS * max(1.0, self.world_size / RANKS_PER_SECOND)
         self._tasks: queue.Queue[Callable[[], None]] = queue.Queue()
         self._closed = threading.Event()
@@ -72,7 +74,7 @@ class Ring:
         return {(self.rank + 1) % self.world_size, self.rank - local_rank + (local_rank + 1) % local_size} - {self.rank}
 
     def start(self) -> None:
-        """Begin to beat; connecting may take until the rendezvous is there."""
+        """Begin to beat, as soon as the store is there."""
         if self.world_size > 1 and all(self._address):
             self._thread = threading.Thread(target=self._run, name="watchdog ring", daemon=True)
             self._thread.start()
@@ -88,6 +90,11 @@ class Ring:
         self.verdict = self.verdict or answer or own
         return self.verdict
 
+    def linger(self) -> None:
+        """Where this process holds the store, leave the others the time to read the verdict: it goes with the process."""
+        if self.is_open and self._waits_for_groups and self.rank == 0:
+            time.sleep(2 * BEAT_SECONDS)
+
     def close(self) -> None:
         """Say that this rank has left in order."""
         self._ask(self._say_farewell, seconds=BEAT_SECONDS)
@@ -96,9 +103,13 @@ class Ring:
     # ----------------------------------------------------------------------------------------------------------------------- the thread
 
     def _run(self) -> None:
-        from torch.distributed import DistError
+        from torch.distributed import DistError, is_initialized
 
+        while self._waits_for_groups and not is_initialized() and not self._closed.wait(0.05):
+            pass
+        self.is_open = True
         while not self._closed.is_set():
+            self._look_at_processes()
             try:
                 if self._store is None:
                     self._store = self._connect()
@@ -119,7 +130,7 @@ class Ring:
 
     def _ask(self, question: Callable[[], T], seconds: float) -> T | None:
         """Have the thread ask the store; None when it has no answer in time."""
-        if self._thread is None or threading.current_thread() is self._thread:
+        if not self.is_open:
             return None
         future: Future[T] = Future()
 
@@ -163,12 +174,14 @@ class Ring:
                 self._watched[rank] = (beat["tick"], time.monotonic())
                 since = time.monotonic()
             silent = time.monotonic() - since
-            if beat["left"] or self.lost is not None:
-                continue
-            if beat["host"] == socket.gethostname() and lifeline.birth(beat["process"]) != beat["born"]:
-                self.lost = (rank, beat, "has died")
-            elif beat["seconds_left"] is not None and silent > max(beat["seconds_left"], 0.0) + 2 * self._interval:
-                self.lost = (rank, beat, f"has given no sign of life for {silent:.0f} s")
+            if not beat["left"] and beat["seconds_left"] is not None and silent > max(beat["seconds_left"], 0.0) + 2 * self._interval:
+                self.lost = self.lost or (rank, beat, f"has given no sign of life for {silent:.0f} s")
+
+    def _look_at_processes(self) -> None:
+        """A rank of this host that has died is found without the store, which may have died with it."""
+        for rank, beat in self._seen.items():
+            if not beat["left"] and beat["host"] == socket.gethostname() and lifeline.birth(beat["process"]) != beat["born"]:
+                self.lost = self.lost or (rank, beat, "has died")
 
     def _judged(self, own: dict[str, Any], find: Callable[[list[Beat | None]], dict[str, Any]] | None) -> dict[str, Any]:
         if find is not None and int(self._store.compare_set("judge", "", str(self.rank))) == self.rank:

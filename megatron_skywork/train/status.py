@@ -14,6 +14,7 @@ fail, and is tried again as often as torchrun is told to; such a rank finds here
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_skywork import lifeline
-from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, EXIT_REQUEUE
+from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, EXIT_REQUEUE, UserError
 
 FILE_NAME = "run_status.json"
 UNFINISHED = ("starting", "running")
@@ -38,20 +39,20 @@ class Status:
     """
 
     def __init__(self, run_dir: Path, is_writer: bool):
-        self.path, self._is_writer, self._started = run_dir / FILE_NAME, is_writer, time.time()
+        self.path, self.is_writer, self._started = run_dir / FILE_NAME, is_writer, time.time()
         self._lock, self._is_final = threading.Lock(), False
 
     def write(self, status: str, *, for_all: bool = False, **fields: Any) -> None:
         """Replace the status.
 
         Args:
-            for_all: write from any rank, unless the file has an end of this run already.
+            for_all: write from any rank, unless the file has an end of the run already.
 
         Raises:
             OSError: it cannot be written.
         """
         with self._lock:
-            if self._is_final or not (self._is_writer or for_all):
+            if self._is_final or not (self.is_writer or for_all):
                 return
             if for_all and (read(self.path.parent) or {}).get("status") not in UNFINISHED:
                 return
@@ -91,13 +92,26 @@ def died_silently(found: dict[str, Any] | None) -> str | None:
     return f"{start}, ended without a word: it was killed, or its machine went down"
 
 
+def refuse(run_dir: str | None, error: UserError) -> None:
+    """Say in a folder that is there that this start was refused before it was one, unless the run there may still go on."""
+    if run_dir is None or not Path(run_dir).is_dir():
+        return
+    found = read(Path(run_dir))
+    if found is None or found.get("status") not in UNFINISHED or (found.get("host") == socket.gethostname() and died_silently(found)):
+        with contextlib.suppress(OSError):  # what is wrong is said on stderr in any case
+            Status(Path(run_dir), is_writer=True).write("failed", step=None, reason=str(error), exit_code=error.exit_code)
+
+
 def ended_for_good(run_dir: Path) -> tuple[int, str] | None:
     """Exit code and reason of an earlier attempt of this torchrun that leaves nothing to try again; None where there is work to do."""
     found = read(run_dir) or {}
     torchrun, code = found.get("torchrun") or {}, found.get("exit_code")
     if torchrun.get("id") != os.environ.get("TORCHELASTIC_RUN_ID", "") or not torchrun.get("restart", 0) < _restart():
         return None
-    return (code, str(found.get("reason") or found.get("status"))) if isinstance(code, int) and code != EXIT_OTHER else None
+    # A rank that is stopped before the first step may only be the one that torchrun ends because another one failed.
+    if not isinstance(code, int) or code == EXIT_OTHER or (code == EXIT_REQUEUE and found.get("phase") is not None):
+        return None
+    return code, str(found.get("reason") or found.get("status"))
 
 
 def exit_code(code: int) -> int:

@@ -3,11 +3,11 @@
 A collective that waits for a lost rank never returns, so nothing here needs one, nor the main thread:
 
 * A thread of each rank compares the age of its phase (phases.py) with the limit of that phase, and asks the ring (ring.py) about other ranks.
-* Who finds something writes a verdict into the store; every rank reads it within a second, writes its Python stacks to `stacks/rank_N.txt` in the run's
-  folder, and ends with the verdict's exit code. A rank that fails by an exception, or is stopped before its first step, gives a verdict the same way.
-* Where the main thread holds the interpreter's lock in C, no thread of ours can run. So a timer of faulthandler, in C, is set anew each second to a moment
-  after the limit; if nobody sets it back, it writes the stacks and ends the process. A rank that was stopped (SIGSTOP) is woken, or killed, by the others
-  on its host.
+* Who finds something writes a verdict into the store; every rank reads it within a second, writes its Python stacks to a file in `stacks`, in the
+  run's folder, and ends with the verdict's exit code. A rank that fails by an exception, or is stopped before its first step, gives a verdict the same way.
+* Where the main thread holds the interpreter's lock in C, no thread of ours can run. So a timer of faulthandler, in C, is set anew each half second to a
+  moment after the limit; if nobody sets it back, it writes the stacks and ends the process. The other ranks of its host help: they wake one that was stopped
+  (SIGSTOP), have one that does not answer write its stacks (STACKS_SIGNAL, a handler in C as well), and kill it.
 
 The limits are settings of `watchdog`. A breakpoint looks like a hang: debug with watchdog.enabled=false, which leaves failures, deaths and signals to be heard.
 """
@@ -24,8 +24,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from megatron_skywork import lifeline
@@ -33,14 +34,16 @@ from megatron_skywork.config.schema import Watchdog as Settings
 from megatron_skywork.errors import EXIT_OTHER, EXIT_REQUEUE, UserError
 from megatron_skywork.train import phases as names
 from megatron_skywork.train.phases import Phases
-from megatron_skywork.train.ring import Beat, Ring, culprits
+from megatron_skywork.train.ring import BEAT_SECONDS, Beat, Ring, culprits
 from megatron_skywork.train.signals import STOP_SIGNALS
 from megatron_skywork.train.status import Status, exit_code
 
 TICK_SECONDS = 0.5
+STACKS_SIGNAL = signal.SIGRTMIN + 8
 LAST_RESORT_SECONDS = 1.5  # from the limit to faulthandler's timer, which nothing must need where a thread of ours still runs
 LATEST_SECONDS = 8.0  # the same timer, once the end has begun
-PARTING_SECONDS = 2.5  # for the main thread to end by itself, and for a rank that was stopped to wake
+PARTING_SECONDS = 2.5  # for the main thread to end by itself
+WAKING_SECONDS = 1.2  # for a rank that was stopped to read the verdict
 MOST_NAMED = 8
 
 
@@ -69,7 +72,7 @@ class Watchdog:
     def __init__(self, settings: Settings, run_dir: Path, phases: Phases, status: Status, environment: Mapping[str, str]):
         self._limits = limits(settings) if settings.enabled else None
         self._phases, self._status = phases, status
-        self._stacks = run_dir / "stacks" / f"rank_{environment.get('RANK', '0')}.txt"
+        self._stacks = run_dir / "stacks" / f"rank_{environment.get('RANK', '0')}_process_{os.getpid()}.txt"
         self._file: Any = None
         self._host, self._process, self._born = socket.gethostname(), os.getpid(), lifeline.birth(os.getpid())
         self._main = threading.main_thread()
@@ -91,13 +94,14 @@ class Watchdog:
             OSError: the run's folder cannot be written.
         """
         self._stacks.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._stacks, "a", encoding="utf-8")  # noqa: SIM115  faulthandler writes to it, to the end
+        self._file = open(self._stacks, "w", encoding="utf-8")  # noqa: SIM115  faulthandler writes to it, to the end
         # The kernel's part of a signal writes its number here, also while Python's waits for the main thread to come back from C.
         signal.set_wakeup_fd(self._signals, warn_on_full_buffer=False)
+        faulthandler.register(STACKS_SIGNAL, self._file, all_threads=True)
         self._thread.start()
 
     def join(self) -> None:
-        """Begin to hear of other ranks and to tell them; to be called when torch has been imported, before the rendezvous."""
+        """Begin to hear of other ranks and to tell them; to be called before the rendezvous, when torch has been imported (two threads must not)."""
         self._ring.start()
         self._has_joined = True
 
@@ -117,16 +121,19 @@ class Watchdog:
         if _is_of_a_collective(failure):
             # Its peer is gone; whoever sees that best will say so.
             deadline = time.monotonic() + 2 * PARTING_SECONDS
-            while self._ring.verdict is None and self._ring.world_size > 1 and time.monotonic() < deadline:
+            while self._ring.is_open and self._ring.verdict is None and time.monotonic() < deadline:
                 time.sleep(TICK_SECONDS / 5)
         is_known = isinstance(failure, UserError)
         code, text = failure.exit_code if isinstance(failure, UserError) else EXIT_OTHER, str(failure) or type(failure).__name__
-        own = self._verdict(self._ring.rank, self._beat(), f"failed with {type(failure).__name__}", code=code, error=text)
+        beat = {**self._beat(), "where": _place(frame.f_code for frame, _ in reversed(list(traceback.walk_tb(failure.__traceback__))))}
+        own = self._verdict(self._ring.rank, beat, f"failed with {type(failure).__name__}", code=code, error=text)
         own["reason"] = text if is_known or self._ring.world_size == 1 else own["reason"]
         if self._ring.judge(own) != own and not is_known:
             self._closed.wait(2 * PARTING_SECONDS)  # the other thread is about to end the process
         self._final = (code, time.monotonic())
+        self._ring.linger()
         self._ring.close()
+        self._remove_unused()
         return code, own["reason"]
 
     def close(self) -> None:
@@ -137,11 +144,7 @@ class Watchdog:
         signal.set_wakeup_fd(-1)
         self._thread.join(timeout=2 * TICK_SECONDS)
         faulthandler.cancel_dump_traceback_later()
-        if self._file.tell() == 0:
-            self._file.close()
-            self._stacks.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self._stacks.parent.rmdir()
+        self._remove_unused()
 
     # ------------------------------------------------------------------------------------------------------------------- its own thread
 
@@ -172,15 +175,13 @@ class Watchdog:
         return None if self._limits is None else self._limits[now.phase] - (time.monotonic() - now.since)
 
     def _beat(self) -> Beat:
-        now, where, waiting = self._phases.now, "", False
-        frame = sys._current_frames().get(self._main.ident or 0)
-        for code in (entry[0].f_code for entry in traceback.walk_stack(frame)):
-            waiting = waiting or code.co_filename.endswith("distributed_c10d.py")
-            if not where and f"{os.sep}megatron_skywork{os.sep}" in code.co_filename:
-                where = f"{Path(code.co_filename).name}, {code.co_name}"
+        now = self._phases.now
+        stack = [frame.f_code for frame, _ in traceback.walk_stack(sys._current_frames().get(self._main.ident or 0))]
+        waiting = any(code.co_filename.endswith("distributed_c10d.py") for code in stack)
         return {
-            "host": self._host, "process": self._process, "born": self._born, "phase": now.phase, "part": now.part, "step": now.step, "changes": now.changes,
-            "seconds": round(time.monotonic() - now.since, 1), "seconds_left": self._seconds_left(), "where": where, "waiting": waiting, "left": self._has_left,
+            "host": self._host, "process": self._process, "born": self._born, "left": self._has_left,
+            "phase": now.phase, "part": now.part, "step": now.step, "changes": now.changes, "where": _place(stack), "waiting": waiting,
+            "seconds": round(time.monotonic() - now.since, 1), "seconds_left": self._seconds_left(),
         }  # fmt: skip
 
     def _verdict(self, rank: int, beat: Beat, why: str, *, code: int = EXIT_OTHER, error: str = "", others: str = "") -> dict[str, Any]:
@@ -209,6 +210,12 @@ class Watchdog:
         return {**verdict, "rank": ranks[0], "host": "", "process": 0}
 
     def _stop_before_the_first_step(self, name: str) -> None:
+        # torchrun ends all ranks of a host when one of them has failed, with SIGTERM too; then there is another verdict in a moment.
+        deadline = time.monotonic() + 2 * BEAT_SECONDS
+        while self._ring.is_open and self._ring.verdict is None and self._ring.lost is None and time.monotonic() < deadline:
+            time.sleep(TICK_SECONDS / 5)
+        if self._ring.lost is not None or self._ring.verdict is not None or self._phases.has_stepped:
+            return  # the loop stops after a step that has begun
         verdict = self._verdict(self._ring.rank, self._beat(), f"was stopped by {name} before the first step; nothing was lost, and nothing had to be saved")
         self._obey(self._ring.judge({**verdict, "status": "stopped", "exit_code": EXIT_REQUEUE, "error": name}))
 
@@ -220,16 +227,19 @@ class Watchdog:
         if verdict["by"] == self._ring.rank and verdict["error"] and not stopped:
             return  # the main thread, which gave it, is on its way out with its own words
         self._extend_last_resort()
-        if not stopped:
+        if verdict["exit_code"] == EXIT_OTHER:
             self._dump(verdict["reason"])
         if self._says_it or verdict["by"] == self._ring.rank:
             print(f"{'stopped' if stopped else 'error'}: the job ends: {verdict['reason']}", file=sys.stderr, flush=True)
         fields = {key: verdict[key] for key in ("exit_code", "rank", "phase", "step")}
         reason = verdict["error"] if stopped else verdict["reason"]
         with contextlib.suppress(OSError):  # a full or lost disk must not keep the process
-            self._status.write(verdict["status"], reason=reason, **fields, for_all=verdict["by"] == self._ring.rank)
-        if verdict["host"] == self._host and verdict["rank"] != self._ring.rank:
+            if verdict["by"] == self._ring.rank or self._status.is_writer:
+                self._status.write(verdict["status"], reason=reason, **fields, for_all=True)
+        if verdict["host"] == self._host and verdict["rank"] != self._ring.rank and not verdict["error"]:
             _wake_or_kill(verdict["process"], verdict["born"])
+        self._remove_unused()
+        self._ring.linger()
         sys.stdout.flush()
         os._exit(exit_code(verdict["exit_code"]))
 
@@ -244,12 +254,26 @@ class Watchdog:
     def _extend_last_resort(self) -> None:
         faulthandler.dump_traceback_later(LATEST_SECONDS, exit=True, file=self._file)
 
+    def _remove_unused(self) -> None:
+        if self._file.tell() == 0:
+            self._stacks.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # others still use the folder
+                self._stacks.parent.rmdir()
+
     def _dump(self, why: str) -> None:
         now = self._phases.now
         with contextlib.suppress(OSError):
             self._file.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self._ring.rank} on {self._host}, process {self._process}, {now}\n== {why}\n")
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
+
+
+def _place(stack: Iterable[CodeType]) -> str:
+    """The innermost function of ours, given the innermost code first."""
+    for code in stack:
+        if f"{os.sep}megatron_skywork{os.sep}" in code.co_filename:
+            return f"{Path(code.co_filename).name}, {code.co_name}"
+    return ""
 
 
 def _is_of_a_collective(failure: BaseException) -> bool:
@@ -259,8 +283,8 @@ def _is_of_a_collective(failure: BaseException) -> bool:
 
 
 def _wake_or_kill(process: int, born: int | None) -> None:
-    """End a rank of this host that does not end by itself: one that was stopped wakes and reads the verdict; one that cannot is killed."""
-    for number, seconds in ((signal.SIGCONT, PARTING_SECONDS), (signal.SIGKILL, 0.0)):
+    """End a rank of this host that does not end by itself: one that was stopped wakes and reads the verdict; else it writes its stacks and is killed."""
+    for number, seconds in ((signal.SIGCONT, WAKING_SECONDS), (STACKS_SIGNAL, 0.5), (signal.SIGKILL, 0.0)):
         deadline = time.monotonic() + seconds
         if born is None or lifeline.birth(process) != born:
             return
