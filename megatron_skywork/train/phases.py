@@ -46,7 +46,7 @@ class Phases:
     def part(self, name: str) -> None:
         """The part of the phase that begins now."""
         now = self.now
-        self.now = now._replace(part=name, changes=now.changes + 1)
+        self.now = Moment(now.phase, name, now.step, now.changes + 1, now.since)
 
     @contextmanager
     def during(self, phase: str, step: int) -> Iterator[None]:

@@ -24,7 +24,7 @@ Beat = dict[str, Any]
 T = TypeVar("T")
 
 BEAT_SECONDS = 1.0
-RANKS_PER_SECOND = 5000  # a store answers about 20,000 short requests a second; above this many ranks beats are further apart
+RANKS_PER_SECOND = 5000  # a store answers some 20,000 short requests a second, and a beat takes four; above this many ranks beats are further apart
 ANSWER_SECONDS = 5.0
 
 

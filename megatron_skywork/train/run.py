@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import sys
+import traceback
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "safetensor
 
 
 def run_training(config: Config) -> int:
-    """Run `config` in this process, one of the job's ranks.
+    """Run `config` in this process, one of the job's ranks, as all that this process does: when the job ends elsewhere, the process is ended (watchdog.py).
 
     Returns:
         exit code: 0 all steps (or those asked for) are done; 75 stopped by a signal or the time limit after a save, to be started again.
@@ -70,16 +71,19 @@ def run_training(config: Config) -> int:
         code = EXIT_REQUEUE if stopped_by else EXIT_DONE
         status.write("stopped" if stopped_by or not training.is_whole else "done", step=training.state.step, reason=stopped_by, exit_code=code)
         watchdog.settle(code)
-        parallel.stop()
-        training.close()
-        watchdog.close()
-        return code
     except BaseException as failure:
         code, reason = watchdog.failed(failure)
         status.write("failed", step=training.state.step if training else None, reason=reason, exit_code=code, for_all=True)
         if training is not None:
             training.close()
         raise
+    try:
+        parallel.stop()
+        training.close()
+        watchdog.close()
+    except Exception:  # the run has ended as its status says; what breaks on the way out does not change that
+        traceback.print_exc()
+    return code
 
 
 def _warnings(config: Config, before: dict[str, Any] | None) -> list[str]:

@@ -43,6 +43,7 @@ STACKS_SIGNAL = signal.SIGRTMIN + 8
 LAST_RESORT_SECONDS = 1.5  # from the limit to faulthandler's timer, which nothing must need where a thread of ours still runs
 LATEST_SECONDS = 8.0  # the same timer, once the end has begun
 PARTING_SECONDS = 2.5  # for the main thread to end by itself
+LEAVING_SECONDS = 20.0  # for a rank that failed to say so and to close its records; W&B may take 15
 WAKING_SECONDS = 1.2  # for a rank that was stopped to read the verdict
 MOST_NAMED = 8
 
@@ -116,8 +117,6 @@ class Watchdog:
         Returns:
             exit code and reason of the job. Does not return where the job has another verdict.
         """
-        if self._final is not None:
-            return self._final[0], str(failure)
         if _is_of_a_collective(failure):
             # Its peer is gone; whoever sees that best will say so.
             deadline = time.monotonic() + 2 * PARTING_SECONDS
@@ -196,7 +195,8 @@ class Watchdog:
         rank = ranks[0]
         others = f"; so are ranks {', '.join(map(str, ranks[1:MOST_NAMED]))}{' and others' if len(ranks) > MOST_NAMED else ''}" if ranks[1:] else ""
         own, limit = self._beat(), (self._limits or {}).get(self._phases.now.phase)
-        why = f"keeps the job waiting, {own['seconds']:.0f} s in phase {own['phase']} with a limit of {limit:g} s"
+        verb = "keeps the job waiting" if self._ring.is_open or self._ring.world_size == 1 else "waits for ranks that have not come to the rendezvous"
+        why = f"{verb}, {own['seconds']:.0f} s in phase {own['phase']} with a limit of {limit:g} s"
         return self._verdict(rank, beats[rank], why, others=others)
 
     def _find(self, beats: list[Beat | None]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class Watchdog:
         """The end is certain and written down; a main thread that does not come to it is not waited for."""
         assert self._final is not None
         code, since = self._final
-        if time.monotonic() - since > 2 * PARTING_SECONDS if code not in (0, EXIT_REQUEUE) else left is not None and left < 0:
+        if time.monotonic() - since > LEAVING_SECONDS if code not in (0, EXIT_REQUEUE) else left is not None and left < 0:
             self._dump("the run has ended, but the main thread does not come back")
             os._exit(exit_code(code))
 
