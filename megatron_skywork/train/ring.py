@@ -47,7 +47,7 @@ class Ring:
 
     Args:
         beat: makes the beat of this rank: host, process, born, phase, part, step, changes, waiting, left, and seconds_left (None: no limit) of its phase.
-        environment: torchrun's variables, or SLURM's: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+        environment: torchrun's variables, or SLURM's: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, TORCHELASTIC_USE_AGENT_STORE.
     """
 
     def __init__(self, beat: Callable[[], Beat], environment: Mapping[str, str]):
@@ -55,14 +55,12 @@ class Ring:
         self.verdict: dict[str, Any] | None = None
         self.lost: tuple[int, Beat, str] | None = None
         self.is_unreachable = self.is_open = False
-        self._beat, self._address = beat, (environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", ""))
-        # The store may outlive an attempt, and its keys with it.
-        self._prefix = f"watchdog/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._beat = beat
         self._watched = {rank: (-1, time.monotonic()) for rank in self._neighbours(environment)}
         self._seen: dict[int, Beat] = {}
         self._ticks = 0
-        # torchrun's agent holds the store. Without it the first rank does, from the moment it starts the process groups.
-        self._waits_for_groups = environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # torchrun's agent holds the store. Without it the first rank does.
+        self._holds_store = self.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._interval = BEAT_SECONDS * max(1.0, self.world_size / RANKS_PER_SECOND)
         self._tasks: queue.Queue[Callable[[], None]] = queue.Queue()
         self._closed = threading.Event()
@@ -74,8 +72,8 @@ class Ring:
         return {(self.rank + 1) % self.world_size, self.rank - local_rank + (local_rank + 1) % local_size} - {self.rank}
 
     def start(self) -> None:
-        """Begin to beat, as soon as the store is there."""
-        if self.world_size > 1 and all(self._address):
+        """Begin to beat, as soon as the rendezvous has been."""
+        if self.world_size > 1:
             self._thread = threading.Thread(target=self._run, name="watchdog ring", daemon=True)
             self._thread.start()
 
@@ -92,7 +90,7 @@ class Ring:
 
     def linger(self) -> None:
         """Where this process holds the store, leave the others the time to read the verdict: it goes with the process."""
-        if self.is_open and self._waits_for_groups and self.rank == 0:
+        if self.is_open and self._holds_store:
             time.sleep(2 * BEAT_SECONDS)
 
     def close(self) -> None:
@@ -105,7 +103,7 @@ class Ring:
     def _run(self) -> None:
         from torch.distributed import DistError, is_initialized
 
-        while self._waits_for_groups and not is_initialized() and not self._closed.wait(0.05):
+        while not is_initialized() and not self._closed.wait(0.05):
             pass
         self.is_open = True
         while not self._closed.is_set():
@@ -149,11 +147,13 @@ class Ring:
     def _connect(self) -> Any:
         import datetime
 
-        from torch.distributed import PrefixStore, TCPStore
+        from torch.distributed import PrefixStore
+        from torch.distributed.distributed_c10d import _get_default_store
 
-        host, port = self._address
-        store = TCPStore(host, int(port), None, False, timeout=datetime.timedelta(seconds=ANSWER_SECONDS), wait_for_workers=False)
-        return PrefixStore(self._prefix, store)
+        default: Any = _get_default_store()
+        store = default.clone()
+        store.set_timeout(datetime.timedelta(seconds=ANSWER_SECONDS))
+        return PrefixStore("watchdog", store)
 
     def _tell(self) -> None:
         self._ticks += 1

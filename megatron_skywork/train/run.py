@@ -58,7 +58,7 @@ def run_training(config: Config) -> int:
 
         watchdog.join()
         phases.part("process groups")
-        place = parallel.start(config)
+        place = parallel.start(config, told=phases.part)
         if place.is_first_rank:
             replace(run_dir / "config.yaml", dump_config(config))
             replace(run_dir / "env.json", json.dumps(environment(), indent=1))

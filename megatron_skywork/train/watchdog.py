@@ -102,7 +102,7 @@ class Watchdog:
         self._thread.start()
 
     def join(self) -> None:
-        """Begin to hear of other ranks and to tell them; to be called before the rendezvous, when torch has been imported (two threads must not)."""
+        """Begin to hear of other ranks and to tell them; to be called when torch has been imported (two threads must not), before the rendezvous."""
         self._ring.start()
         self._has_joined = True
 
@@ -167,6 +167,8 @@ class Watchdog:
                 self._obey(self._verdict(self._ring.rank, self._beat(), "cannot reach the store of the rendezvous: the process that held it has died"))
             elif left is not None and left < 0:
                 self._extend_last_resort()
+                if self._ring.rank and not self._ring.is_open:
+                    time.sleep(2 * TICK_SECONDS)  # before the rendezvous the first rank knows best who is missing
                 self._obey(self._ring.judge(self._hung([self._ring.rank], {self._ring.rank: self._beat()}), self._find))
 
     def _seconds_left(self) -> float | None:
