@@ -105,6 +105,7 @@ class Watchdog:
         """Begin to hear of other ranks and to tell them; to be called when torch has been imported (two threads must not), before the rendezvous."""
         self._ring.start()
         self._has_joined = True
+        os.write(self._signals, b"\0")  # a signal that came before this is answered now
 
     def settle(self, code: int) -> None:
         """How the run ended is written down: what breaks or hangs from here on does not change it."""
