@@ -47,6 +47,12 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), worl
     return config
 
 
+def stated_run_dir(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> str | None:
+    """The run's folder that a configuration names, also one that is wrong elsewhere; None where it names none."""
+    stated = _gather(paths, overrides)[0].get("run_dir")
+    return stated if isinstance(stated, str) and stated else None
+
+
 def check_config(config: Config, world_size: int | None = None) -> None:
     """Applies the rules between sections to a configuration that was made in Python.
 

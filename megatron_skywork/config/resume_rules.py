@@ -55,10 +55,11 @@ _FREE = _names({
     "moe": "eval_capacity_factor pad_to_capacity router_init_std dispatcher",
     "parallel": "recompute recompute_layers recompute_modules overlap gpus_per_node",
     "data": "valid tokenizer num_workers cache_dir",
-    "train": "keep_logits max_nonfinite_steps check_replicas stop_at_step time_limit_seconds eval_every eval_samples eval_at_start eval_at_end",
+    "train": "keep_logits max_nonfinite_steps check_replicas stop_at_step time_limit_seconds eval_every eval_samples eval_at_start eval_at_end grace_seconds",
     "spikes": "policy window threshold minimum_steps max_rewinds",
     "checkpoint": "init_from every keep save_at_end on_save_error background",
     "resume": "mode allow_change",
+    "watchdog": "enabled start_seconds step_seconds evaluation_seconds save_seconds",
     "metrics": "every router tensorboard wandb wandb_project peak_tflops",
 })
 

@@ -285,6 +285,7 @@ class Train(Section):
         0, description="Steps between comparisons of the parameters that several ranks hold, by hash; a copy that differs ends the run and names the rank. 0 means never.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")
     time_limit_seconds: float | None = Field(None, gt=0, description="Save and stop when the process has run this long.")
+    grace_seconds: float | None = Field(None, gt=0, description="What a stop signal leaves until the process is killed; a save that takes more than half of it is warned of. Unset: the variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT, or 30, as torchrun and SLURM have it.")
     eval_every: NonNegative = Field(0, description="Steps between evaluations; 0 means only where asked at start and end.")
     eval_samples: Positive = Field(64, description="Sequences of each validation set that are evaluated.")
     eval_at_start: bool = Field(False, description="Evaluate before the first step.")
@@ -344,6 +345,16 @@ class Metrics(Section):
     peak_tflops: float | None = Field(None, gt=0, description="Peak of one device for MFU; unset means looked up by the device's name, and no MFU where it is not known.")
 
 
+class Watchdog(Section):
+    """How long one rank may keep the job waiting before all ranks end, with a word on which one it was and where, and the stacks of all of them."""
+
+    enabled: bool = Field(True, description="Watch for ranks that hang. Turn it off to debug: a breakpoint looks like a hang. A rank that dies or fails still ends the job.")
+    start_seconds: float = Field(1800.0, gt=0, description="From the start of the process to the first step; and the first step, which may have to compile, if step_seconds is less.")
+    step_seconds: float = Field(900.0, gt=0, description="One step, with its record.")
+    evaluation_seconds: float = Field(3600.0, gt=0, description="One evaluation.")
+    save_seconds: float = Field(1800.0, gt=0, description="One save; also the end of the run, from its last save or evaluation on.")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -358,6 +369,7 @@ class Config(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Loading and keeping.")
     resume: Resume = Field(default_factory=Resume, description="Going on from what was saved.")
     metrics: Metrics = Field(default_factory=Metrics, description="Records.")
+    watchdog: Watchdog = Field(default_factory=Watchdog, description="Limits for ranks that hang.")
     megatron: dict[str, Any] = Field(default_factory=dict, description="Any field of megatron-core's TransformerConfig, passed through by name.")
 
     @property
