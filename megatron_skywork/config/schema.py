@@ -291,12 +291,12 @@ class Config(Section):
     model: Model = Field(description="Shape of the transformer.")
     moe: Moe | None = Field(None, description="Experts and routing; leave out for a dense model.")
     parallel: Parallel = Field(default_factory=Parallel, description="Split over ranks.")
+    launch: Launch = Field(default_factory=Launch, description="Under SLURM.")
     data: Data = Field(default_factory=Data, description="Tokens.")
     optim: Optim = Field(default_factory=Optim, description="Optimizer and schedule.")
     train: Train = Field(description="Length, batch, precision, seed.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Loading and keeping.")
     metrics: Metrics = Field(default_factory=Metrics, description="Records.")
-    launch: Launch = Field(default_factory=Launch, description="Under SLURM.")
     megatron: dict[str, Any] = Field(default_factory=dict, description="Any field of megatron-core's TransformerConfig, passed through by name.")
 
     @property
