@@ -4,11 +4,9 @@
 set -euo pipefail
 exec >>"$NODE_LOGS/$SLURMD_NODENAME.log" 2>&1
 
-# The step's first node keeps the rendezvous; torchrun would find out by comparing names, which need not be those SLURM uses.
-is_host=0
-if [[ $SLURM_NODEID == 0 ]]; then is_host=1; fi
-
-exec python -m torch.distributed.run --nnodes="$SLURM_STEP_NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
-    --rdzv-backend=c10d --rdzv-id="$RENDEZVOUS_ID" --rdzv-endpoint="$RENDEZVOUS_HOST:$RENDEZVOUS_PORT" --rdzv-conf="join_timeout=600,is_host=$is_host" \
+# A static rendezvous: SLURM has said which nodes there are and in which order. With c10d the launcher of a node that is cut off would hang in its store, for as
+# long as the kernel tries to send, instead of ending with its ranks.
+exec python -m torch.distributed.run --nnodes="$SLURM_STEP_NUM_NODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" --max-restarts=0 \
+    --rdzv-backend=static --rdzv-id="$RENDEZVOUS_ID" --master-addr="$RENDEZVOUS_HOST" --master-port="$RENDEZVOUS_PORT" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
     launch/pretrain_moe.py "$@"
