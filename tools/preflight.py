@@ -19,13 +19,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from preflight_node import check_node, reduce_with  # noqa: E402
-from preflight_verdict import Round, next_step  # noqa: E402
-
 from megatron_skywork.cli import report_error  # noqa: E402
 from megatron_skywork.config.load import load_config  # noqa: E402
 from megatron_skywork.config.schema import Config  # noqa: E402
 from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, UserError  # noqa: E402
+from preflight_node import check_node, reduce_with  # noqa: E402
+from preflight_verdict import Round, next_step  # noqa: E402
 
 
 def node_name(given: str | None) -> str:
@@ -59,7 +58,10 @@ def here(config: Config, args: argparse.Namespace) -> int:
     report = check_node(config, name)
     ranks = reduce_with(config, name, [name], f"127.0.0.1:{args.port}")
     problems = report["problems"] + ranks["problems"] + ranks["link_problems"]
-    print(json.dumps({**report, **ranks, "problems": problems}) if args.json else "\n".join([summary(report, ranks), *(f"  {name}: {one}" for one in problems)]))
+    if args.json:
+        print(json.dumps({**report, **ranks, "problems": problems}))
+    else:
+        print("\n".join([summary(report, ranks), *(f"  {name}: {one}" for one in problems)]))
     return EXIT_OTHER if problems else EXIT_DONE
 
 
@@ -91,7 +93,8 @@ def decide(config: Config, args: argparse.Namespace) -> int:
             print(f"preflight: {summary(checks[name], rounds[-1].reports[name])}", file=sys.stderr)
         print("use", ",".join(step.groups[0]))
         return EXIT_DONE
-    print(f"error: preflight: {step.why}. Ask for other nodes: sbatch --exclude={','.join(step.bad)} ..., or for spare ones: launch.spare_nodes", file=sys.stderr)
+    advice = f"Ask for other nodes: launch.sbatch.exclude={','.join(step.bad)}, or for spare ones: launch.spare_nodes" if step.bad else "Look at the reports"
+    print(f"error: preflight: {step.why}. {advice}; the reports are in {args.out}", file=sys.stderr)
     return EXIT_OTHER
 
 

@@ -6,6 +6,7 @@ be the fault of any node of the group (see preflight_verdict.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,7 +93,8 @@ def gpu_problems(gpus: list[dict[str, Any]], wanted: int, min_free_gib: float) -
     problems = []
     for number, gpu in enumerate(gpus):
         if gpu["free_gib"] < min_free_gib:
-            problems.append(f"GPU {number} has {gpu['free_gib']:.1f} GiB free, and launch.preflight.min_gpu_memory_gib is {min_free_gib:g}; does a process hold it?")
+            least = f"launch.preflight.min_gpu_memory_gib is {min_free_gib:g}"
+            problems.append(f"GPU {number} has {gpu['free_gib']:.1f} GiB free, and {least}; does a process hold it?")
         if gpu["errors"]:
             problems.append(f"GPU {number} counts {gpu['errors']} memory errors that could not be corrected; reset or replace it")
     return problems
@@ -113,7 +115,8 @@ def check_disk(run_dir: Path, min_free_gib: float, node: str) -> tuple[int, list
     except OSError as failure:
         return 0, [f"{run_dir} cannot be written ({failure.strerror})"]
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be written cannot be removed either
+            probe.unlink()
     problems = [] if same else [f"a file in {run_dir} reads back other than it was written"]
     if free < min_free_gib * GIB:
         problems.append(f"{free / GIB:.1f} GiB are free in {run_dir}, and launch.preflight.min_disk_gib is {min_free_gib:g}")

@@ -1,8 +1,8 @@
 """Which nodes may train: pure decisions on what the nodes have reported, so that every case can be tried without a node.
 
-A node can be at fault by itself (a GPU is missing, the disk is full, another version, no answer), and is then named at once. Or only together with others: the
-all-reduce over all nodes hangs, is wrong or is slow, and every node sees the same. Then neighbours on a ring of all healthy nodes, spares among them, try in pairs:
-a node all of whose pairs fail is at fault, its neighbours fail with it alone.
+A node can be at fault by itself (a GPU is missing, the disk is full, another version, no answer), and is then named at once. Or only together with others:
+the all-reduce over all nodes hangs, is wrong or is slow, and every node sees the same. Then neighbours on a ring of all healthy nodes, spares among them, try
+in pairs: a node all of whose pairs fail is at fault, its neighbours fail with it alone.
 """
 
 from __future__ import annotations
@@ -108,8 +108,9 @@ def next_step(nodes: list[str], want: int, checks: dict[str, Report], rounds: li
         bad.update(guilty_of_links(candidates, tried))
     healthy = [node for node in candidates if node not in bad]
     if len(healthy) < want:
-        nobody_knows = len(candidates) == 2 and not healthy
-        hint = f"; of the two nodes {' and '.join(candidates)} nobody can tell which is at fault, with a spare node (launch.spare_nodes) one can" if nobody_knows else ""
+        hint = ""
+        if len(candidates) == 2 and not healthy:
+            hint = f"; of the two nodes {' and '.join(candidates)} nobody can tell which is at fault, with a spare node one can"
         return Step("fail", bad=bad, why=f"{want} nodes are needed, and {len(healthy)} passed{hint}")
     chosen = tuple(healthy[:want])
     together = [one for one in rounds if one.kind == "all" and one.nodes == chosen]

@@ -1,8 +1,8 @@
 """What a SLURM job decides in Python: which settings it runs with, whether it may start once more, and what comes after a start that ended.
 
-`launch/slurm_job.sh` asks; this answers in words a shell reads. torchrun ends with 1 whatever happened, so the run itself is asked: `run_status.json` says how it
-ended, and the newest complete checkpoint how far it came. A job may start as often as it likes as long as that checkpoint moves; starts that leave it where
-it was are counted, and too many of them end the job.
+`launch/slurm_job.sh` asks; this answers in words a shell reads. torchrun does not say how a run ended, so the run itself is asked: `run_status.json` says
+how, and the newest complete checkpoint how far it came. A job may start as often as it likes as long as that checkpoint moves; starts that leave it where it
+was are counted, and too many of them end the job.
 
     settings   checks the settings for the job's nodes and prints them as shell assignments; a wrong one is answered as the trainer does, with exit code 2
     begin      notes a start in RUN_DIR/slurm/JOB/starts.jsonl; exit code 1 when launch.max_stalled_starts starts have led nowhere

@@ -2,8 +2,8 @@
 
     python tools/submit.py --config configs/X.yaml --config configs/clusters/mine.yaml --nodes 16 [section.field=value ...]
 
-What SLURM is asked for stands in the section `launch` (launch/pretrain_moe.py --help): options of sbatch, spare nodes, the grace ahead of the time limit, a container.
---dry-run prints the plan's key figures and the command, and submits nothing. Submit from the project's folder, which all nodes must see.
+What SLURM is asked for stands in the section `launch` (launch/pretrain_moe.py --help): options of sbatch, spare nodes, the grace ahead of the time limit, a
+container. --dry-run prints the plan's key figures and the command, and submits nothing. All nodes must see the project's folder.
 Exit codes: 0 done, 2 a setting is wrong (in the trainer's own words), 1 sbatch refused.
 """
 
@@ -22,13 +22,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout that is not installed
 
-from slurm_job import checked_config  # noqa: E402
-
 from megatron_skywork.cli import report_error  # noqa: E402
 from megatron_skywork.config.load import load_config  # noqa: E402
 from megatron_skywork.config.schema import Config  # noqa: E402
 from megatron_skywork.errors import EXIT_DONE, ConfigError, TrainingError, UserError  # noqa: E402
 from megatron_skywork.plan.describe import billions, describe  # noqa: E402
+from slurm_job import checked_config  # noqa: E402
 
 
 def sbatch_command(config: Config, num_nodes: int, paths: list[str], overrides: list[str]) -> list[str]:

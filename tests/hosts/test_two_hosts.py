@@ -22,7 +22,7 @@ from compare_runs import FIELDS, compare_steps, steps_of  # noqa: E402
 pytestmark = pytest.mark.hosts
 LACKING = missing()
 # A hang is noticed after this, and every rank must be gone soon after.
-WATCHDOG = ["watchdog.step_seconds=15", "watchdog.save_seconds=15"]
+WATCHDOG = ["watchdog.step_seconds=10", "watchdog.save_seconds=10"]
 SAFETY_SECONDS = 150
 SMALL = [
     "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=32", "data.seq_length=16", "train.micro_batch_size=1", "parallel.ep=2",
@@ -34,9 +34,10 @@ def start(hosts: tuple[Host, Host], run_dir: Path, stop_at_step: int, rendezvous
     """One torchrun on each host, as a user types it; they meet on the first one."""
     processes = []
     for number, host in enumerate(hosts):
+        first = hosts[0].address
         meet = {
-            "static": ["--rdzv-backend=static", f"--node-rank={number}", f"--master-addr={hosts[0].address}", "--master-port=29400"],
-            "c10d": ["--rdzv-backend=c10d", f"--rdzv-endpoint={hosts[0].address}:29400", f"--rdzv-conf=is_host={int(number == 0)}", f"--local-addr={host.address}"],
+            "static": ["--rdzv-backend=static", f"--node-rank={number}", f"--master-addr={first}", "--master-port=29400"],
+            "c10d": ["--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29400", f"--rdzv-conf=is_host={int(number == 0)}", f"--local-addr={host.address}"],
         }[rendezvous]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--max-restarts=0", "--rdzv-id=two-hosts", *meet]
         run = ["launch/pretrain_moe.py", "--config", "configs/tiny.yaml", f"run_dir={run_dir}", *SMALL, *WATCHDOG, f"train.stop_at_step={stop_at_step}"]

@@ -98,8 +98,8 @@ class PrivateCluster:
             "AuthType=auth/munge", f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",
             f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/%n", f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/%n.pid",
             f"SlurmctldLogFile={folder}/log/slurmctld", f"SlurmdLogFile={folder}/log/%n", "SlurmdParameters=config_overrides",
-            f"TaskProlog={folder}/task_prolog", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "MpiDefault=none", "SwitchType=switch/none", "ReturnToService=2",
-            "SelectType=select/cons_tres", "SelectTypeParameters=CR_CPU", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE",
+            f"TaskProlog={folder}/task_prolog", "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "MpiDefault=none", "SwitchType=switch/none",
+            "ReturnToService=2", "SelectType=select/cons_tres", "SelectTypeParameters=CR_CPU", "PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE",
             "SchedulerType=sched/backfill", "SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2", "KillWait=20", "OverTimeLimit=5",
             "JobAcctGatherType=jobacct_gather/none", "AccountingStorageType=accounting_storage/none", "JobCompType=jobcomp/none",
             *nodes,
@@ -111,7 +111,8 @@ class PrivateCluster:
         with (self.folder / "log" / f"{log or program}.out").open("wb") as output:
             path = _program(program)
             assert path is not None
-            process = subprocess.Popen([path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder, preexec_fn=_die_with_parent)
+            command = [path, *arguments]
+            process = subprocess.Popen(command, env=self.environment, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder, preexec_fn=_die_with_parent)
         self._daemons[log or program] = process
 
     # -------------------------------------------------------------------------------------------------------------------- what a test does

@@ -1,4 +1,4 @@
-"""The SLURM scripts on a real SLURM of several nodes on this machine, with CPU ranks: what a job does when it is preempted, warned, refused or leads nowhere."""
+"""The SLURM scripts on a real SLURM of several nodes on this machine, with CPU ranks: jobs that are preempted, warned, refused, or lead nowhere."""
 
 from __future__ import annotations
 

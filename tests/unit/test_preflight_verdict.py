@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from preflight_verdict import NO_ANSWER, Round, Step, next_step, odd_versions, ring_pairs
 
 NODES = ["n1", "n2", "n3", "n4", "n5", "n6"]
