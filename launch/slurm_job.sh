@@ -60,6 +60,10 @@ to_the_queue() {
     exit 0 # where SLURM has not ended this script yet
 }
 
+check_node() {
+    on_nodes "$1" --wait="$preflight_seconds" --output="$out/%N.log" --open-mode=append "${inside[@]}" python tools/preflight.py node --out "$out" "${words[@]}" </dev/null
+}
+
 # Sets `chosen`, the nodes to train on; 1 when too few are good.
 choose_nodes() {
     local out=$1 name group answer
@@ -68,8 +72,11 @@ choose_nodes() {
         return 0
     fi
     mkdir -p "$out"
-    on_nodes "$(paste -s -d, <<<"$all_nodes")" --wait="$preflight_seconds" --output="$out/%N.log" "${inside[@]}" python tools/preflight.py node --out "$out" "${words[@]}" ||
-        echo "preflight: not every node answered"
+    check_node "$(paste -s -d, <<<"$all_nodes")" || echo "preflight: not every node answered"
+    for name in $all_nodes; do # one that is down can keep srun from starting anywhere, so the silent ones are asked one by one
+        if [[ ! -f $out/node/$name.json ]]; then check_node "$name" & fi
+    done
+    wait
     local port=$((base_port + 1))
     while :; do
         answer=$("${on_this_node[@]}" python tools/preflight.py next --out "$out" --nodes "$(paste -s -d, <<<"$all_nodes")" --want "$num_nodes" "${words[@]}") || return 1

@@ -127,6 +127,16 @@ class PrivateCluster:
         assert answer.returncode == 0, f"{' '.join(words)} ended with {answer.returncode}: {answer.stdout}{answer.stderr}"
         return answer.stdout
 
+    def kill_node(self, node: str) -> None:
+        """A node that goes down: its slurmd and everything of jobs there dies at once, and SLURM notices."""
+        self._daemons[node].kill()
+        for place in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                words = place.read_bytes().split(b"\0")
+                if f"SLURMD_NODENAME={node}".encode() in words and f"SLURM_CONF={self.folder}/slurm.conf".encode() in words:
+                    os.kill(int(place.parent.name), signal.SIGKILL)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")  # what slurmctld does after SlurmdTimeout
+
     def environment_of(self, node: str, **variables: str) -> None:
         """Variables of all tasks that start on one node from now on: a node that is not like the others."""
         (self.folder / node / "environment").write_text("".join(f"export {name}={value}\n" for name, value in variables.items()))

@@ -73,20 +73,21 @@ def test_a_job_that_is_preempted_and_warned_requeues_itself_and_trains_as_if_und
     run_dir, plain = tmp_path / "disturbed", tmp_path / "undisturbed"
     config = write_settings(tmp_path / "run.yaml", run_dir, 100_000, preflight=True)
     job = submit(cluster, config, "launch.sbatch.nodelist='n1,n2'")
-    cluster.wait_for("step 3", lambda: steps_done(run_dir) >= 3, 120)
+    cluster.wait_for("step 3", lambda: steps_done(run_dir) >= 3, 150)
+    write_settings(config, run_dir, 100_000)  # one preflight is enough
 
     # Preempted: a job of a higher partition wants the same nodes.
     cluster.run("sbatch", "--partition=high", "--nodelist=n1,n2", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1", cwd=tmp_path)
     cluster.wait_for("a step of the second start", lambda: any(steps_done(run_dir) > stop["step"] for stop in stops(run_dir)), 150)
 
-    # Warned: the time limit is moved so near that SLURM says so at once.
-    minutes = 2 + sum(int(part) * 60**place for place, part in enumerate(reversed(cluster.job(job)["RunTime"].split(":")))) // 60
+    # Warned: the time limit is moved so near that SLURM says so within half a minute.
+    minutes = 1 + sum(int(part) * 60**place for place, part in enumerate(reversed(cluster.job(job)["RunTime"].split(":")))) // 60
     cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     cluster.wait_for("the second requeue", lambda: cluster.job(job)["Restarts"] == "2", 120)
     assert [stop["reason"] for stop in stops(run_dir)] == ["SIGTERM", "SIGUSR2"], log_of(run_dir)
     last_step = stops(run_dir)[-1]["step"] + 3
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
-    write_settings(config, run_dir, last_step, preflight=True)
+    write_settings(config, run_dir, last_step)
     other = submit(cluster, write_settings(tmp_path / "plain.yaml", plain, last_step), "launch.sbatch.nodelist='n3,n4'")
     for number, folder in ((job, run_dir), (other, plain)):
         ended = cluster.wait_for_state(number, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
@@ -157,3 +158,17 @@ def test_a_node_unlike_the_others_is_named_and_a_spare_trains_in_a_container(clu
     assert {path.name for path in (run_dir / "slurm" / str(job)).glob("n*.log")} == {"n3.log", "n5.log"}
     ranks = [line for line in log.read_text().splitlines() if "slurm_node.sh" in line]
     assert sorted(line.split()[0] for line in ranks) == ["n3", "n5"] and all(f"--bind {ROOT}:{ROOT} --pwd {ROOT} skywork.sif" in line for line in ranks)
+
+
+def test_a_node_that_goes_down_is_replaced_by_a_spare_and_the_job_goes_on(cluster: PrivateCluster, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    config = write_settings(tmp_path / "run.yaml", run_dir, 100_000, preflight=True)
+    job = submit(cluster, config, "launch.sbatch.nodelist='n3,n4,n5'", "launch.spare_nodes=1", "checkpoint.every=5")
+    cluster.wait_for("step 7", lambda: steps_done(run_dir) >= 7, 150)
+    write_settings(config, run_dir, steps_done(run_dir) + 50, preflight=True)
+    cluster.kill_node("n4")
+    ended = cluster.wait_for_state(job, "COMPLETED", "FAILED", "NODE_FAIL", seconds=200)
+    said = log_of(run_dir)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), said
+    assert "what follows: again" in said and "preflight: node n4 is left out: gave no answer" in said and "start 2 on n3,n5" in said
+    assert [event["event"] for event in records(run_dir, "event")].count("resume") == 1
