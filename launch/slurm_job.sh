@@ -60,8 +60,12 @@ to_the_queue() {
     exit 0 # where SLURM has not ended this script yet
 }
 
-check_node() {
-    on_nodes "$1" --wait="$preflight_seconds" --output="$out/%N.log" --open-mode=append "${inside[@]}" python tools/preflight.py node --out "$out" "${words[@]}" </dev/null
+# preflight_on NODE,NODE COMMAND ...: a command of tools/preflight.py on these nodes; srun ends what hangs.
+preflight_on() {
+    local names=$1
+    shift
+    on_nodes "$names" --wait="$preflight_seconds" --time="$((preflight_seconds / 60 + 2))" --output="$out/%N.log" --open-mode=append \
+        "${inside[@]}" python tools/preflight.py "$@" --out "$out" "${words[@]}" </dev/null
 }
 
 # Sets `chosen`, the nodes to train on; 1 when too few are good.
@@ -72,9 +76,9 @@ choose_nodes() {
         return 0
     fi
     mkdir -p "$out"
-    check_node "$(paste -s -d, <<<"$all_nodes")" || echo "preflight: not every node answered"
+    preflight_on "$(paste -s -d, <<<"$all_nodes")" node || echo "preflight: not every node answered"
     for name in $all_nodes; do # one that is down can keep srun from starting anywhere, so the silent ones are asked one by one
-        if [[ ! -f $out/node/$name.json ]]; then check_node "$name" & fi
+        if [[ ! -f $out/node/$name.json ]]; then preflight_on "$name" node & fi
     done
     wait
     local port=$((base_port + 1))
@@ -85,8 +89,7 @@ choose_nodes() {
             return 0
         fi
         while read -r _ name group; do # groups of one answer share no node, so they run at the same time
-            on_nodes "$group" --wait="$preflight_seconds" --output="$out/%N.log" --open-mode=append "${inside[@]}" \
-                python tools/preflight.py reduce --out "$out" --round "$name" --nodes "$group" --meet "$(address_of "${group%%,*}"):$port" "${words[@]}" </dev/null ||
+            preflight_on "$group" reduce --round "$name" --nodes "$group" --meet "$(address_of "${group%%,*}"):$port" ||
                 echo "preflight: $name did not end in order on $group" &
             port=$((port + 1))
         done <<<"$answer"
