@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -137,9 +138,13 @@ class PrivateCluster:
                     os.kill(int(place.parent.name), signal.SIGKILL)
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")  # what slurmctld does after SlurmdTimeout
 
-    def environment_of(self, node: str, **variables: str) -> None:
-        """Variables of all tasks that start on one node from now on: a node that is not like the others."""
-        (self.folder / node / "environment").write_text("".join(f"export {name}={value}\n" for name, value in variables.items()))
+    @contextlib.contextmanager
+    def environment_of(self, node: str, **variables: str) -> Iterator[None]:
+        """Inside, all tasks that start on one node have these variables: a node that is not like the others."""
+        path = self.folder / node / "environment"
+        path.write_text("".join(f"export {name}={value}\n" for name, value in variables.items()))
+        yield
+        path.unlink()
 
     def job(self, number: int) -> dict[str, str]:
         """Fields of `scontrol show job`; the job is kept for minutes after its end."""

@@ -146,12 +146,12 @@ def test_a_node_unlike_the_others_is_named_and_a_spare_trains_in_a_container(clu
     other = tmp_path / "other" / "torch-1.0.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
-    cluster.environment_of("n4", PYTHONPATH=str(other.parent))
     config = write_settings(tmp_path / "run.yaml", run_dir, 2, preflight=True)
     path = f"{tools}:{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}:/usr/sbin"
     overrides = ["launch.sbatch.nodelist='n3,n4,n5'", "launch.spare_nodes=1", "launch.container={image: skywork.sif, runtime: apptainer}"]
-    job = submit(cluster, config, *overrides, PATH=path)
-    ended = cluster.wait_for_state(job, "COMPLETED", "FAILED")
+    with cluster.environment_of("n4", PYTHONPATH=str(other.parent)):
+        job = submit(cluster, config, *overrides, PATH=path)
+        ended = cluster.wait_for_state(job, "COMPLETED", "FAILED")
     said = log_of(run_dir)
     assert ended["ExitCode"] == "0:0" and status(run_dir)["step"] == 2, said
     assert "preflight: node n4 is left out: torch is 1.0, and 2." in said

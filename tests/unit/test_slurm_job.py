@@ -100,6 +100,12 @@ def test_the_command_asks_for_what_the_settings_say(capsys: pytest.CaptureFixtur
     assert "launch/pretrain_moe_container.sbatch" in contained["command"] and not any(word.startswith("--gpus") for word in contained["command"])
 
 
+def test_the_example_of_a_cluster_goes_with_a_run_s_own_file(capsys: pytest.CaptureFixture[str]):
+    configs = ["--config", str(ROOT / "configs" / "skywork_moe_146b.yaml"), "--config", str(ROOT / "configs" / "clusters" / "example.yaml")]
+    assert submit.main([*configs, "--nodes", "192", "--dry-run"]) == 0
+    assert "1536 ranks on 192 nodes and 2 spare" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("words", "sentence"), [
     (["--nodes", "2", "parallel.ep=3"], "parallel.ep=3"),
     ([], "launch.nodes is not set"),
