@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from megatron_skywork.config.manual import is_section, section_of
 from megatron_skywork.config.problems import broken_rule, kind, nearest, rewrite, settle_alternatives, shown
 from megatron_skywork.config.rules import overlap
-from megatron_skywork.config.schema import VALUES_ONLY, Config, Section
+from megatron_skywork.config.schema import Config
+from megatron_skywork.config.section import VALUES_ONLY, Section
 from megatron_skywork.config.validate import find_problems
 from megatron_skywork.config.yaml_strict import Document, read_yaml, write_yaml
 from megatron_skywork.errors import ConfigError

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from megatron_skywork.config.manual import is_section, section_names, section_of, settings
 from megatron_skywork.config.problems import nearest, shown
 from megatron_skywork.config.rules import rule
-from megatron_skywork.config.schema import VALUES_ONLY, Config, Section
+from megatron_skywork.config.schema import Config
+from megatron_skywork.config.section import VALUES_ONLY, Section
 from megatron_skywork.errors import CheckpointError, ConfigError
 
 NEVER, ON_REQUEST, FREE = "never", "on request", "free"
@@ -60,6 +61,9 @@ _FREE = _names({
     "checkpoint": "init_from every keep save_at_end on_save_error background",
     "resume": "mode allow_change",
     "watchdog": "enabled start_seconds step_seconds evaluation_seconds save_seconds",
+    "launch": "nodes spare_nodes request_gpus sbatch environment grace_seconds max_stalled_starts",
+    "launch.container": "image mounts runtime",
+    "launch.preflight": "enabled min_memory_gib min_gpu_memory_gib min_disk_gib min_bandwidth_gb_per_second max_clock_skew_seconds timeout_seconds",
     "metrics": "every router tensorboard wandb wandb_project peak_tflops",
 })
 

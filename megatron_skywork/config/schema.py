@@ -9,39 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
+from megatron_skywork.config.launch import Launch
+from megatron_skywork.config.section import NonNegative, NonNegativeFloat, Positive, Section, Share
 
 # bf16 keeps 8 significant bits, so half the distance to a neighbour is at most 2^-8 of a value; derived in adamw.py.
 LARGEST_BETA_BF16 = 1 - 2**-8
 
 # What `resume.mode` may be beside a path.
 RESUME_MODES = ("auto", "strict", "none")
-
-# Given as the context of a validation: check every value by itself, and leave out `Section.rules`.
-VALUES_ONLY = "values only"
-
-
-class Section(BaseModel):
-    """A group of settings: unknown names are errors, `true` is not an int, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Rules between settings of this section that are broken: the settings that a rule reads, and a sentence that begins with one of them."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _keep_rules(self, info: ValidationInfo) -> Section:
-        problems = [] if info.context == VALUES_ONLY else [sentence for _, sentence in self.rules()]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
 
 
 class Model(Section):
@@ -362,6 +339,7 @@ class Config(Section):
     model: Model = Field(description="Shape of the transformer.")
     moe: Moe | None = Field(None, description="Experts and routing; leave out for a dense model.")
     parallel: Parallel = Field(default_factory=Parallel, description="Split over ranks.")
+    launch: Launch = Field(default_factory=Launch, description="Under SLURM.")
     data: Data = Field(default_factory=Data, description="Tokens.")
     optim: Optim = Field(default_factory=Optim, description="Optimizer and schedule.")
     train: Train = Field(description="Length, batch, precision, seed.")
