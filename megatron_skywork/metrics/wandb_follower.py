@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import megatron_skywork
+from megatron_skywork.metrics.wandb_worker import TOLD
 
 INIT_SECONDS = 12.0
 CLOSE_SECONDS = 15.0
@@ -58,13 +59,23 @@ class WandbFollower:
         command += ["--init-seconds", str(INIT_SECONDS), "--mode", mode, "--project", project, "--id", run_id(run_dir), "--name", run_dir.resolve().name]
         # A session of its own: Ctrl-C and a launcher's signals to the group are for the run, which then closes this one in order.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True)
+        self._is_told = False
+
+    def look(self) -> None:
+        """Say so, once, if the helper has died without a word: killed for its memory, say."""
+        self._tell(self._process.poll(), fine=TOLD)
+
+    def _tell(self, code: int | None, fine: int) -> None:
+        if code not in (None, fine, TOLD) and not self._is_told:
+            self._is_told = True
+            print(f"W&B's helper process has died (exit code {code}); the run goes on without it, and metrics.jsonl is complete", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Let the helper pass on what is left, and end it when that takes too long; the JSONL file has everything either way."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=CLOSE_SECONDS)
+            self._tell(self._process.wait(timeout=CLOSE_SECONDS), fine=0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -284,7 +284,7 @@ def test_wrong_setting(base, overrides, world_size, start, advice):
     assert problems[0].startswith(start) and advice in problems[0], problems
 
 
-@pytest.mark.parametrize(("content", "expected"), [
+WRONG_FILES = [
     (b"", "the file is empty"),
     (b"# only a comment\n", "the file is empty"),
     (b"- a\n- b\n", "the file holds a list, not sections"),
@@ -297,7 +297,10 @@ def test_wrong_setting(base, overrides, world_size, start, advice):
     (b"model.num_layers: 4\n" + BASE.encode(), "in a file a section is nested; write model: and below it, indented, num_layers:"),
     (BASE.replace("train: {steps: 10, global_batch_size: 8}", "").encode(), "train is not set, and it is required: a section with at least steps, global"),
     (BASE.replace("hidden_size: 64, ", "").encode(), "model.hidden_size is not set, and it is required: a whole number above 0"),
-])
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), WRONG_FILES)
 def test_wrong_file(tmp_path, content, expected):
     path = tmp_path / "x.yaml"
     path.write_bytes(content)
