@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -28,10 +29,11 @@ ITEMS = {
     "exp_avg_sq": r"optimizer\.state\.exp_avg_sq\.",
     "optimizer_step": r"common",
     "loss_scale": r"common",
-    "rng_python": r"rng\.",
-    "rng_numpy": r"rng\.",
-    "rng_torch": r"rng\.",
-    "rng_tracker": r"rng\.",
+    "rng_python": r"rng/",
+    "rng_numpy": r"rng/",
+    "rng_torch": r"rng/",
+    "rng_tracker": r"rng/",
+    "probe": r"probe/",
     "step": "", "samples": "", "tokens": "", "extras": "",  # of state.json
 }
 OF_STATE_JSON = ("step", "samples", "tokens", "extras")
@@ -177,6 +179,8 @@ def _held(item: str | None, chunks: list[Any], optimizer: Any) -> Callable[[], N
                 tensor.copy_(value)
 
         return put_back
+    if item == "probe":
+        return lambda: vars(find_routers(chunks)[0]).update(probe=None)
     tracker = tensor_parallel.get_cuda_rng_tracker()
     groups = [group for part in parts for group in part.optimizer.param_groups]
     getters: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
@@ -200,6 +204,7 @@ def state_of(run_dir: Path, step: int) -> dict[str, Any]:
     """Everything a checkpoint holds, in a form that can be compared."""
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     said = json.loads((folder / "state.json").read_text())
+    del said["versions"]  # the commit may move on while tests run
     return {**item_digests(folder), **{f"state.json {name}": value for name, value in said.items()}}
 
 
@@ -209,6 +214,9 @@ def differences(expected: Path, found: Path, step: int, first: int = 1) -> list[
     differing = [f"steps {[record['step'] for record in ours]}"] if [r["step"] for r in theirs] != [r["step"] for r in ours] else []
     for one, other in zip(theirs, ours, strict=False):
         differing += [f"step {one['step']} {name}" for name in FIELDS if one.get(name) != other.get(name)]
+    theirs, ours = ([record for record in records(run, "eval") if record["step"] >= first] for run in (expected, found))
+    for one, other in itertools.zip_longest(theirs, ours, fillvalue={}):
+        differing += [f"evaluation {name}" for name in ("step", "losses", "router") if one.get(name) != other.get(name)]
     one_state, other_state = state_of(expected, step), state_of(found, step)
     return differing + [name for name in sorted({*one_state, *other_state}) if one_state.get(name) != other_state.get(name)]
 

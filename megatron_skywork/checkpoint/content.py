@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -14,6 +15,8 @@ from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
 from megatron_skywork.moe.aux_loss import MEANS_NAME
+from megatron_skywork.moe.router_state import find_routers
+from megatron_skywork.moe.routing_probe import RoutingProbe
 
 # `non_homogeneous_layers`: one key per layer, so that a layer's key does not depend on how layers are spread over stages.
 LAYOUT_FREE = {"non_homogeneous_layers": True, "singleton_local_shards": False}
@@ -49,9 +52,9 @@ def put_weights(chunks: list[Any], content: dict[str, Any], absent: tuple[str, .
             raise CheckpointError(f"weights do not fit the model: missing {missing}, unexpected {outcome.unexpected_keys}")
 
 
-def random_states() -> dict[str, Any]:
-    """This rank's random states, under its own place in the layout: Python's, NumPy's, torch's (the GPU's too), and megatron-core's for tensor, data and
-    expert parallelism.
+def rank_states(chunks: list[Any]) -> dict[str, Any]:
+    """What is this rank's own, under its place in the layout: random states (Python's, NumPy's, torch's with the GPU's, and megatron-core's for tensor, data
+    and expert parallelism), and where its routers sent the probe of the last evaluation.
     """
     states = {
         "python": random.getstate(),
@@ -59,16 +62,25 @@ def random_states() -> dict[str, Any]:
         "torch": device.rng_state(),
         "tracker": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
     }
-    return {"states": ShardedObject(_rng_key(parallel.coordinates()), states, (1,), (0,), replica_id=0)}
+    probes = [None if router.probe is None else router.probe.memory() for router in find_routers(chunks)]
+    return {"rng": _of_this_rank("rng", states), "probes": _of_this_rank("probe", probes)}
 
 
-def _rng_key(place: parallel.Coordinates) -> str:
-    """Names every coordinate, so that a state can only come back to the place it was saved at, however ranks are numbered."""
-    return "rng." + "-".join(f"{axis}{getattr(place, axis)}" for axis in ("tp", "cp", "dp", "pp", "etp", "ep"))
+def _of_this_rank(name: str, value: Any) -> ShardedObject:
+    """The key names every coordinate, so that a state can only come back to the place it was saved at, however ranks are numbered."""
+    place = parallel.coordinates()
+    key = f"{name}/" + "-".join(f"{axis}{getattr(place, axis)}" for axis in ("tp", "cp", "dp", "pp", "etp", "ep"))
+    return ShardedObject(key, value, (1,), (0,), replica_id=0)
 
 
-def restore_rng(content: dict[str, Any]) -> None:
-    states = content["states"]
+def restore_probes(chunks: list[Any], memories: list[torch.Tensor | None]) -> None:
+    """Let the next evaluation compare with the last one before the checkpoint."""
+    for router, memory in zip(find_routers(chunks), memories, strict=True):
+        router.probe = None if memory is None else RoutingProbe(memory.to(device.current()))
+
+
+def restore_rng(states: dict[str, Any]) -> None:
+    """Inverse of `rank_states` for the random states."""
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])
     device.set_rng_state(states["torch"])

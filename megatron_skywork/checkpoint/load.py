@@ -13,7 +13,17 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_skywork.checkpoint.content import MODEL_PARTS, NOT_WEIGHTS, OPTIMIZER_LAYOUT, merged, put_weights, random_states, restore_rng, sharded_weights
+from megatron_skywork.checkpoint.content import (
+    MODEL_PARTS,
+    NOT_WEIGHTS,
+    OPTIMIZER_LAYOUT,
+    merged,
+    put_weights,
+    rank_states,
+    restore_probes,
+    restore_rng,
+    sharded_weights,
+)
 from megatron_skywork.checkpoint.state import TrainState, layout_of, read_state
 from megatron_skywork.config.load import read_file
 from megatron_skywork.config.resume_rules import read_saved
@@ -57,17 +67,25 @@ def load(config: Config, folder: Path, chunks: list[Any], optimizer: MegatronOpt
     wanted = {**weights, "optimizer": optimizer.sharded_state_dict(merged(weights), is_loading=True, metadata=OPTIMIZER_LAYOUT)}
     same_layout = saved.layout == layout_of(config)
     if same_layout:
-        wanted["rng"] = random_states()
+        wanted["rank"] = rank_states(chunks)
     content = _read(wanted, folder)
     put_weights(chunks, content, absent=begins)
     take_rates(content["optimizer"], optimizer)
     optimizer.load_state_dict(content["optimizer"])
     apply_settings(optimizer, config.optim)
     if same_layout:
-        restore_rng(content["rng"])
+        restore_rng(content["rank"]["rng"])
+        if _probe_of(old) == _probe_of(config):
+            restore_probes(chunks, content["rank"]["probes"])
     else:
         seed_everything(derive_key(config.train.seed, saved.train.step) % 2**31)
     return saved.train
+
+
+def _probe_of(config: Config) -> Any:
+    """What decides which tokens an evaluation follows through the routers (the first micro-batch of the first validation set)."""
+    data, train = config.data, config.train
+    return data.valid, data.mock, data.seq_length, train.seed, train.micro_batch_size, config.metrics.router
 
 
 def _has(config: Config, state: str) -> bool:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_skywork import device
 from megatron_skywork.checkpoint.capture import Capture, capture, tensor_bytes
 from megatron_skywork.checkpoint.commit import commit, point_to
-from megatron_skywork.checkpoint.content import OPTIMIZER_LAYOUT, merged, random_states, sharded_weights
+from megatron_skywork.checkpoint.content import OPTIMIZER_LAYOUT, merged, rank_states, sharded_weights
 from megatron_skywork.checkpoint.folders import clear_leftovers, folder_of, retain, staging_of
 from megatron_skywork.checkpoint.space import check_space_for_save
 from megatron_skywork.checkpoint.state import STATE_FILE, TrainState, describe_state
@@ -154,7 +154,7 @@ class Saver:
         content = {
             **weights,
             "optimizer": optimizer.sharded_state_dict(merged(weights), is_loading=False, metadata=OPTIMIZER_LAYOUT),
-            "rng": random_states(),
+            "rank": rank_states(chunks),
         }
         captured, common = capture(content, copies=self._config.checkpoint.background)
         job.index, job.common = captured.index, common

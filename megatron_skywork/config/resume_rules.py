@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from megatron_skywork.config.manual import is_section, section_names, section_of, settings
 from megatron_skywork.config.problems import nearest, shown
 from megatron_skywork.config.rules import rule
-from megatron_skywork.config.schema import VALUES_ONLY, Config, Section
+from megatron_skywork.config.schema import Config
+from megatron_skywork.config.section import VALUES_ONLY, Section
 from megatron_skywork.errors import CheckpointError, ConfigError
 
 NEVER, ON_REQUEST, FREE = "never", "on request", "free"
@@ -55,10 +56,14 @@ _FREE = _names({
     "moe": "eval_capacity_factor pad_to_capacity router_init_std dispatcher",
     "parallel": "recompute recompute_layers recompute_modules overlap gpus_per_node",
     "data": "valid tokenizer num_workers cache_dir",
-    "train": "keep_logits max_nonfinite_steps check_replicas stop_at_step time_limit_seconds eval_every eval_samples eval_at_start eval_at_end",
+    "train": "keep_logits max_nonfinite_steps check_replicas stop_at_step time_limit_seconds eval_every eval_samples eval_at_start eval_at_end grace_seconds",
     "spikes": "policy window threshold minimum_steps max_rewinds",
     "checkpoint": "init_from every keep save_at_end on_save_error background",
     "resume": "mode allow_change",
+    "watchdog": "enabled start_seconds step_seconds evaluation_seconds save_seconds",
+    "launch": "nodes spare_nodes request_gpus sbatch environment grace_seconds max_stalled_starts",
+    "launch.container": "image mounts runtime",
+    "launch.preflight": "enabled min_memory_gib min_gpu_memory_gib min_disk_gib min_bandwidth_gb_per_second max_clock_skew_seconds timeout_seconds",
     "metrics": "every router tensorboard wandb wandb_project peak_tflops",
 })
 

@@ -12,28 +12,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_skywork.config.schema import Config
-from megatron_skywork.data.indexed import read_side_file
 from megatron_skywork.data.order import SampleOrder
 from megatron_skywork.data.tokenizers import load_tokenizer
+from megatron_skywork.data.verification import describe
 
 
 def data_identity(config: Config) -> dict[str, Any]:
     """What the tokenizer and the training blend of a run are, by content.
 
     Returns:
-        `tokenizer`: fingerprint, None where nothing names one; `train`: for each source `sha256` (of both files), `bin_bytes`, `idx_bytes`, `num_tokens`
-        and `weight`; None with data.mock.
+        `tokenizer`: fingerprint, None where nothing names one; `train`: for each source `sha256` (of both files, or of the .idx where no side file says
+        the other), `bin_bytes`, `idx_bytes`, `num_tokens` and `weight`; None with data.mock.
     Raises:
         DataError: a side file or the tokenizer cannot be read.
     """
-    sides = [] if config.data.mock else [read_side_file(source.path) for source in config.data.train]
-    tokenizer = load_tokenizer(config.data.tokenizer).fingerprint if config.data.tokenizer is not None else None
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
+    sides = [] if config.data.mock else [describe(source.path, tokenizer) for source in config.data.train]
     sources = [
-        {"sha256": hashlib.sha256((side.bin_sha256 + side.idx_sha256).encode()).hexdigest(), "bin_bytes": side.bin_bytes, "idx_bytes": side.idx_bytes,
+        {"sha256": hashlib.sha256(f"{side.bin_sha256 or ''}{side.idx_sha256}".encode()).hexdigest(), "bin_bytes": side.bin_bytes, "idx_bytes": side.idx_bytes,
          "num_tokens": side.num_tokens, "weight": source.weight}
         for source, side in zip(config.data.train, sides, strict=False)
     ]
-    return {"tokenizer": tokenizer or (sides[0].tokenizer_fingerprint if sides else None), "train": sources or None}
+    fingerprint = tokenizer.fingerprint if tokenizer is not None else sides[0].tokenizer_fingerprint if sides else None
+    return {"tokenizer": fingerprint, "train": sources or None}
 
 
 def blend_position(data: Mapping[str, Any], seq_length: int, samples: int) -> list[dict[str, int]]:

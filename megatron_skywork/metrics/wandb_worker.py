@@ -1,7 +1,7 @@
 """The helper process that passes metrics.jsonl on to Weights & Biases; started by `wandb_follower.py`.
 
-It ends when its standard input closes (the run is over) or its parent is gone (the run was killed), after reading the file to its end. Any failure is
-one line on stderr and exit code `TOLD`; any other code tells the run that the line is missing.
+It ends when its standard input closes (the run is over) or its parent is gone (the run was killed), after reading the file to its end, for which a killed
+run leaves it `ORPHAN_SECONDS`. Any failure is one line on stderr and exit code `TOLD`; any other code tells the run that the line is missing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import select
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_skywork.metrics.scalars import evaluation_scalars, scalars
 
 TOLD = 3
 FINISH_SECONDS = 60.0
+ORPHAN_SECONDS = 3.0
 _POLL_SECONDS = 1.0
 
 
@@ -39,6 +41,18 @@ class _Deadline:
 
     def __exit__(self, *exception: object) -> None:
         self._timer.cancel()
+
+
+def _end_with(parent: int) -> None:
+    """Do not outlive a killed run for long, whatever wandb is waiting for."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS / 2)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _warn(reason: str) -> None:
@@ -111,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--id", required=True)
     parser.add_argument("--name", required=True)
     arguments = parser.parse_args(argv)
+    _end_with(os.getppid())
     try:
         # Importing counts as starting, and wandb may try its server several times within one init.
         with _Deadline(2 * arguments.init_seconds, "starting"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from megatron_skywork.plan.flops import formula_text, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters
 from megatron_skywork.train.answers import Answers, refuse_differing_copies
 from megatron_skywork.train.evaluate import evaluate
+from megatron_skywork.train.phases import EVALUATION, LOAD, SAVE, Phases
 from megatron_skywork.train.resume import find_start
 from megatron_skywork.train.step import Batch, StepResult, TrainStep
 
@@ -40,23 +42,27 @@ class Training:
     Args:
         config: checked settings.
         place: this rank, with process groups built.
+        phases: told what this rank is doing.
 
     Raises:
         CheckpointError, DataError, ConfigError: something does not fit; nothing has been trained.
     """
 
-    def __init__(self, config: Config, place: parallel.Coordinates):
-        self.config, self.place = config, place
+    def __init__(self, config: Config, place: parallel.Coordinates, phases: Phases | None = None):
+        self.config, self.place, self.phases = config, place, phases or Phases()
         self.run_dir = Path(config.run_dir)
+        self.timer = PhaseTimer(self.phases.part)
+        self.phases.part("choice of a checkpoint")
         self.start = find_start(config, place)
-        self.timer = PhaseTimer()
         batch = config.train.global_batch_size
         micro_batches = batch // (config.train.micro_batch_size * place.dp_size)
         # megatron-core's schedules read the number of micro-batches of a step from this global.
         destroy_num_microbatches_calculator()
         init_num_microbatches_calculator(place.rank, None, batch, config.train.micro_batch_size, place.dp_size)
+        self.phases.part("model")
         self.chunks = wrap_for_training(config, build_chunks(config))
         self.optimizer = build_optimizer(config, self.chunks)
+        self.phases.part("checkpoint")
         self.state = self._restore()
         self._parts: dict[str, HasState] = {}
         self.saver, self.saved_step = Saver(config, verified=self.start.folder), self.state.step
@@ -65,6 +71,7 @@ class Training:
         self.answers = Answers()
         self.remember("losses", self.step.losses)
         self.remember("answers", self.answers)
+        self.phases.part("data")
         self.train_loader = self._open_loader()
         self.valid_loaders = build_valid_loaders(config, dp_rank=place.dp, dp_size=place.dp_size, pin_memory=device.has_gpu())
         self.buffer = MetricBuffer(device.current())
@@ -134,6 +141,7 @@ class Training:
     def train_one_step(self) -> StepResult:
         """Advance by one step; a step whose gradients are not finite changes nothing but the position."""
         number = self.state.step + 1
+        self.phases.step(number)
         with self.timer.phase("step"):
             result = self.step(number, self.train_loader)
         samples = self.config.train.global_batch_size
@@ -190,7 +198,10 @@ class Training:
         if result.verdict.num_differing:
             refuse_differing_copies(self, self.step.replicas)
         self.answers.nonfinite(self, result)
-        return result.verdict.spike is not None and self.answers.spike(self, result.verdict.spike)
+        if result.verdict.spike is None:
+            return False
+        with self.phases.during(LOAD, self.state.step):
+            return self.answers.spike(self, result.verdict.spike)
 
     def go_back(self, folder: Path) -> TrainState:
         """Take up a checkpoint again, in this process, but go on in the data from where the run stands.
@@ -216,7 +227,9 @@ class Training:
     def evaluate(self) -> None:
         """Loss on every validation set, and what routers and experts have to say, written."""
         if self.valid_loaders:
-            self.writers.evaluation({"step": self.state.step, **evaluate(self.config, self.chunks, self.valid_loaders)})
+            with self.phases.during(EVALUATION, self.state.step):
+                record = evaluate(self.config, self.chunks, self.valid_loaders)
+            self.writers.evaluation({"step": self.state.step, **record})
 
     def save(self) -> None:
         """Begin a checkpoint of this step, as soon as the one before is on the disk."""
@@ -237,7 +250,7 @@ class Training:
         self.settle_save(wait=True, must_succeed=True)
 
     def _begin_save(self, read_back: bool) -> None:
-        with parameters_gathered(self.chunks):
+        with self.phases.during(SAVE, self.state.step), parameters_gathered(self.chunks):
             if self.config.train.check_replicas and self.step.replicas.are_any_differing():
                 refuse_differing_copies(self, self.step.replicas)
             self.saver.begin(self._position(), self.chunks, self.optimizer, read_back=read_back)
@@ -253,7 +266,8 @@ class Training:
         Raises:
             CheckpointError: on every rank, for a save that failed on any, unless it may (checkpoint.on_save_error=continue).
         """
-        outcome = self.saver.wait() if wait else self.saver.poll()
+        with self.phases.during(SAVE, self.state.step) if wait else contextlib.nullcontext():
+            outcome = self.saver.wait() if wait else self.saver.poll()
         if outcome is None:
             return
         if outcome.warning is not None and self.place.is_first_rank:

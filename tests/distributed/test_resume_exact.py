@@ -20,7 +20,7 @@ from training_bodies import BASE, merged, records
 SMALL = merged(
     BASE,
     {"model": {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 16}, "checkpoint": {"every": 2, "keep": 9}},
-    {"train": {"steps": 4, "global_batch_size": 8}, "optim": {"schedule": "cosine", "warmup_steps": 1}},
+    {"train": {"steps": 4, "global_batch_size": 8, "eval_every": 2, "eval_samples": 2}, "optim": {"schedule": "cosine", "warmup_steps": 1}},
 )
 DROPOUT = {"model": {"hidden_dropout": 0.1, "attention_dropout": 0.1}}
 DENSE = merged(DROPOUT, {"moe": None})
@@ -76,7 +76,8 @@ def begun(folder: Path, name: str, step: int) -> Path:
 def check(ranks: RankPool, folder: Path, model: str, layout: str, precision: str, place: str) -> None:
     world_size, more = LAYOUTS[layout]
     epoch, warmup_steps = PLACES[place]
-    data = {"mock": False, "train": [write_numbered(folder / "data" / "numbered", epoch, BASE["data"]["seq_length"])]}
+    numbered = write_numbered(folder / "data" / "numbered", epoch, BASE["data"]["seq_length"])
+    data = {"mock": False, "train": [numbered], "valid": {"held_out": numbered}}
     settings = merged(SMALL, MODELS[model], more, {"data": data, "train": {"precision": precision}, "optim": {"warmup_steps": warmup_steps}})
     ranks.run(world_size, live, merged(settings, {"run_dir": str(folder / "whole")}))
     ranks.run(world_size, live, merged(settings, {"run_dir": str(begun(folder, "resumed", 2))}))

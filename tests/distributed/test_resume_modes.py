@@ -13,9 +13,8 @@ from ranks import RankPool
 from resume_bodies import attempt, differences, live
 from training_bodies import BASE, merged, records, reseal
 
-from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import CheckpointError, ConfigError
-from megatron_skywork.train.run import Status
+from megatron_skywork.train.status import Status
 
 TINY = merged(
     BASE, {"model": {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 16}, "train": {"steps": 4, "global_batch_size": 2}},
@@ -109,7 +108,7 @@ def test_fresh_weights_never_take_the_place_of_lost_ones(ranks: RankPool, done: 
     (tmp_path / "starts" / "run_status.json").write_text(json.dumps({"status": "stopped", "step": 3}))
     for _ in range(2):
         status = Status(tmp_path / "starts", is_writer=True)
-        status.begin(Config(**_settings(done, tmp_path / "starts")))
+        status.write("starting", step=None)
         assert "run_status.json says stopped at step 3" in str(ranks.run(1, attempt, _settings(done, tmp_path / "starts"))[0])
         status.write("failed", step=None, reason="refused", exit_code=3)
 
