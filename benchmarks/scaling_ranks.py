@@ -20,7 +20,8 @@ import torch.multiprocessing
 from scaling_traffic import CountTraffic, force_balance, rows
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_skywork import checkpoint, parallel
+from megatron_skywork import parallel
+from megatron_skywork.checkpoint import save as checkpoint_save
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.datasets import OneEpochDataset
 from megatron_skywork.data.indexed import IndexedWriter
@@ -118,7 +119,7 @@ def save(config: Config) -> dict[str, Any]:
     training.train_one_step()
     with CountTraffic() as traffic:
         started = time.perf_counter()
-        checkpoint.save(config, training.state, training.chunks, training.optimizer)
+        checkpoint_save.save(config, training.state, training.chunks, training.optimizer)
         seconds = time.perf_counter() - started
     training.close()
     files = list((Path(config.run_dir) / "checkpoints").rglob("*.distcp"))

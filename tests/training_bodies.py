@@ -54,13 +54,14 @@ def train(settings: dict[str, Any]) -> None:
 
 def save_initial(settings: dict[str, Any]) -> None:
     """Write fresh weights as a checkpoint of step 0, for other layouts to start from."""
-    from megatron_skywork import checkpoint, parallel
+    from megatron_skywork import parallel
+    from megatron_skywork.checkpoint.save import save
     from megatron_skywork.config.schema import Config
     from megatron_skywork.train.training import Training
 
     config = Config(**settings)
     training = Training(config, parallel.start(config))
-    checkpoint.save(config, training.state, training.chunks, training.optimizer)
+    save(config, training.state, training.chunks, training.optimizer)
     release(training)
 
 
@@ -71,6 +72,17 @@ def release(training: Any) -> None:
     modules = [module for chunk in training.chunks for module in chunk.modules()]
     for owner in [*parts, training.optimizer, *modules]:
         vars(owner).clear()
+
+
+def reseal(folder: Path) -> None:
+    """Make a folder that was tampered with what its manifest and marker say again."""
+    from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, write_manifest
+    from megatron_skywork.convert.files.marker import MARKER, write_marker
+
+    (folder / MARKER).unlink()
+    content = json.loads((folder / MANIFEST).read_text())
+    write_manifest(folder, {key: content[key] for key in ("kind", "method", "step")}, {})
+    write_marker(folder)
 
 
 def records(run_dir: Path | str, kind: str = "step") -> list[dict[str, Any]]:

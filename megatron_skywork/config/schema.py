@@ -294,6 +294,8 @@ class Checkpoint(Section):
     every: NonNegative = Field(0, description="Steps between saves; 0 means only at the end and on a stop.")
     keep: Positive = Field(2, description="Newest complete checkpoints that are kept.")
     save_at_end: bool = Field(True, description="Save after the last step.")
+    background: bool = Field(True, description="Training goes on while a thread writes; needs host memory for a copy of what each rank saves. false: it waits until all is written.")
+    on_save_error: Literal["continue", "stop"] = Field("stop", description="After a save that failed: end the run, or go on and try again at the next one. The save at an end or a stop must succeed.")
 
 
 class Metrics(Section):

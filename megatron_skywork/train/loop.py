@@ -21,7 +21,7 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
         training.evaluate()
 
     stopped_by = None
-    saved_step, evaluated_step = training.state.step, None
+    evaluated_step = None
     while not training.is_finished and stopped_by is None:
         result = training.train_one_step()
         training.log(result)
@@ -30,16 +30,17 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
         if training.is_due(settings.eval_every):
             training.evaluate()
             evaluated_step = training.state.step
+        training.settle_save()
         if training.is_due(saves.every):
             training.save()
-            saved_step = training.state.step
         # A signal that comes with the last step has nothing left to stop; asked to start again, a scheduler would repeat what is done.
         stopped_by = None if training.is_finished else stop_request.agreed()
 
     if training.is_whole and settings.eval_at_end and evaluated_step != training.state.step:
         training.evaluate()
+    training.settle_save(wait=True)
     must_save = saves.save_at_end if training.is_whole else True
-    if must_save and saved_step != training.state.step:
-        training.save()
+    if must_save and training.saved_step != training.state.step:
+        training.save_last(in_a_hurry=stopped_by is not None)
     training.writers.event("stop", training.state.step, reason=stopped_by or ("done" if training.is_whole else "train.stop_at_step"))
     return stopped_by

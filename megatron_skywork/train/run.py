@@ -39,11 +39,14 @@ def run_training(config: Config) -> int:
     # megatron-core may be imported only after that.
     from megatron_skywork import parallel
     from megatron_skywork.train.loop import train
+    from megatron_skywork.train.run_lock import RunLock
     from megatron_skywork.train.signals import StopRequest
     from megatron_skywork.train.training import Training
 
     stop_request = StopRequest(config.train.time_limit_seconds)
     place = parallel.start(config)
+    lock = RunLock(Path(config.run_dir), place.is_first_rank)
+    lock.take()  # before anything is written there: it may be another run's
     status = Status(Path(config.run_dir), is_writer=place.is_first_rank)
     training = None
     status.begin(config)
@@ -61,9 +64,12 @@ def run_training(config: Config) -> int:
         status.write("failed", step=training.state.step if training else None, reason=reason, exit_code=code)
         raise
     finally:
-        if training is not None:
-            training.close()
-        stop_request.close()
+        try:
+            if training is not None:
+                training.close()
+        finally:
+            lock.release()
+            stop_request.close()
 
 
 class Status:
@@ -93,12 +99,15 @@ class Status:
         """Replace the status: starting, running, done, stopped (go on with the same command) or failed."""
         if self._is_writer:
             record = {"status": status, **fields, "host": socket.gethostname(), "process": os.getpid(), "started": self._started, "updated": time.time()}
-            _replace(self._run_dir / "run_status.json", json.dumps(record, indent=1))
+            try:
+                _replace(self._run_dir / "run_status.json", json.dumps(record, indent=1))
+            except OSError as failure:  # a full disk, say; it must not take the place of the error that is being reported
+                print(f"warning: {self._run_dir / 'run_status.json'} could not be written: {failure}", file=sys.stderr, flush=True)
 
 
 def environment() -> dict[str, Any]:
     """Versions and machine of a run."""
-    from megatron_skywork.checkpoint import versions
+    from megatron_skywork.checkpoint.state import versions
 
     found = {distribution.metadata["Name"].lower(): distribution.version for distribution in metadata.distributions() if distribution.metadata["Name"]}
     return {

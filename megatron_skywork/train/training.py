@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator, init_num_microbatches_calculator
 
-from megatron_skywork import checkpoint, device, parallel
-from megatron_skywork.checkpoint import TrainState
+from megatron_skywork import device, parallel
+from megatron_skywork.checkpoint.load import load, load_weights
+from megatron_skywork.checkpoint.save import Saver
+from megatron_skywork.checkpoint.space import problem_before_training
+from megatron_skywork.checkpoint.state import TrainState
+from megatron_skywork.checkpoint.together import from_first
+from megatron_skywork.checkpoint.verify import newest
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.loader import build_train_loader, build_valid_loaders
 from megatron_skywork.errors import CheckpointError, TrainingError
@@ -52,6 +55,8 @@ class Training:
         self.chunks = wrap_for_training(config, build_chunks(config))
         self.optimizer = build_optimizer(config, self.chunks)
         self.state, self.resumed_from = self._restore()
+        self.saver, self.saved_step = Saver(config, verified=self.resumed_from), self.state.step
+        self._check_space()
         self.step = TrainStep(config, self.chunks, self.optimizer, micro_batches, self.timer)
         self.train_loader: Iterator[Batch] = build_train_loader(
             config, dp_rank=place.dp, dp_size=place.dp_size, consumed_samples=self.state.samples, pin_memory=device.has_gpu()
@@ -66,22 +71,29 @@ class Training:
     # ------------------------------------------------------------------------------------------------------------------------ start
 
     def _restore(self) -> tuple[TrainState, Path | None]:
-        # One rank looks: another node's view of a shared folder may be a moment old, and all must load the same step.
-        choice: list[Any] = [checkpoint.newest(self.run_dir) if self.place.is_first_rank else None]
-        torch.distributed.broadcast_object_list(choice, src=0)
-        folder, passed_over = choice[0]
+        folder, passed_over = newest(self.run_dir)
         for line in passed_over if self.place.is_first_rank else []:
             print(f"warning: passed over a damaged checkpoint: {line}", file=sys.stderr, flush=True)
         if folder is not None and self.config.checkpoint.resume == "none":
             raise CheckpointError(f"{folder} exists and checkpoint.resume is none; choose another run_dir, remove it, or set checkpoint.resume=auto")
         if folder is not None:
-            return checkpoint.load(self.config, folder, self.chunks, self.optimizer), folder
+            return load(self.config, folder, self.chunks, self.optimizer), folder
         if passed_over:
             raise CheckpointError("every checkpoint of this run is damaged; starting from nothing would hide that. Remove the checkpoints folder to do so")
         if self.config.checkpoint.init_from is not None:
-            checkpoint.load_weights(Path(self.config.checkpoint.init_from), self.chunks)
+            load_weights(Path(self.config.checkpoint.init_from), self.chunks)
             self.optimizer.reload_model_params()
         return TrainState(), None
+
+    def _check_space(self) -> None:
+        """A run that cannot save should hear it before its first step."""
+        problem = from_first(lambda: problem_before_training(self.config, self.state.step))
+        if problem is None:
+            return
+        if self.config.checkpoint.on_save_error == "stop":
+            raise CheckpointError(problem)
+        if self.place.is_first_rank:
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
 
     def _write_header(self) -> None:
         config, count = self.config, count_parameters(self.config)
@@ -169,11 +181,49 @@ class Training:
             self.writers.evaluation({"step": self.state.step, **evaluate(self.config, self.chunks, self.valid_loaders)})
 
     def save(self) -> None:
-        """A checkpoint of this step."""
-        started = time.perf_counter()
+        """Begin a checkpoint of this step, as soon as the one before is on the disk."""
+        self.settle_save(wait=True)
         with parameters_gathered(self.chunks):
-            folder = checkpoint.save(self.config, self.state, self.chunks, self.optimizer)
-        self.writers.event("save", self.state.step, folder=str(folder), seconds=time.perf_counter() - started)
+            self.saver.begin(self.state, self.chunks, self.optimizer)
+        self.settle_save(wait=not self.config.checkpoint.background)
+
+    def save_last(self, in_a_hurry: bool) -> None:
+        """A checkpoint of this step, on the disk when this returns.
+
+        Args:
+            in_a_hurry: somebody waits to end this process, so the checkpoint is not read back (the next start verifies it, as any other).
+
+        Raises:
+            CheckpointError: on every rank, whatever checkpoint.on_save_error says: an end that is not saved must not look like one that is.
+        """
+        with parameters_gathered(self.chunks):
+            self.saver.begin(self.state, self.chunks, self.optimizer, read_back=not in_a_hurry)
+        self.settle_save(wait=True, must_succeed=True)
+
+    def settle_save(self, wait: bool = False, must_succeed: bool = False) -> None:
+        """Record how a save ended, if one did since the last call.
+
+        Raises:
+            CheckpointError: on every rank, for a save that failed on any, unless it may (checkpoint.on_save_error=continue).
+        """
+        outcome = self.saver.wait() if wait else self.saver.poll()
+        if outcome is None:
+            return
+        if outcome.warning is not None and self.place.is_first_rank:
+            print(f"warning: {outcome.warning}", file=sys.stderr, flush=True)
+        seconds = {"seconds": outcome.seconds, "stalled_seconds": outcome.stalled_seconds, "written_seconds": outcome.written_seconds}
+        if outcome.failure is None:
+            self.saved_step = outcome.step
+            self.writers.event("save", outcome.step, folder=str(outcome.folder), bytes=outcome.num_bytes, **seconds)
+            return
+        message = f"{outcome.folder}: could not be saved: {outcome.failure}. The last checkpoint of this run is that of step {self.saved_step}"
+        print(f"[rank {self.place.rank}] warning: {message}", file=sys.stderr, flush=True)
+        try:
+            self.writers.event("save_failed", outcome.step, reason=outcome.failure, **seconds)
+        except OSError as full:  # the record lies on the same disk, most of the time; what all ranks agree on comes first
+            print(f"warning: the failed save could not be recorded: {full}", file=sys.stderr, flush=True)
+        if must_succeed or self.config.checkpoint.on_save_error == "stop":
+            raise CheckpointError(message)
 
     # ------------------------------------------------------------------------------------------------------------------------ questions
 
@@ -195,4 +245,6 @@ class Training:
         return every > 0 and self.state.step % every == 0
 
     def close(self) -> None:
+        """Leave; a save that is still on its way is given up, and the checkpoint before it counts."""
+        self.saver.abandon()
         self.writers.close()

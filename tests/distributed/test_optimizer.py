@@ -104,8 +104,9 @@ def test_bf16_moments_resume_exactly_and_change_type_on_the_way(ranks: RankPool,
 
 def saved_again(settings: dict[str, Any]) -> str:
     """Load the newest checkpoint and save it as that of another step."""
-    from megatron_skywork import checkpoint, parallel
-    from megatron_skywork.checkpoint import TrainState
+    from megatron_skywork import parallel
+    from megatron_skywork.checkpoint.save import save
+    from megatron_skywork.checkpoint.state import TrainState
     from megatron_skywork.config.schema import Config
     from megatron_skywork.train.training import Training
 
@@ -113,7 +114,7 @@ def saved_again(settings: dict[str, Any]) -> str:
     training = Training(config, parallel.start(config))
     moments = {tensor.dtype for part in training.optimizer.chained_optimizers for state in part.optimizer.state.values() for tensor in state.values()}
     assert moments == {torch.bfloat16 if config.optim.moments == "bf16" else torch.float32}
-    folder = checkpoint.save(config, TrainState(3, 24, 24 * 16), training.chunks, training.optimizer)
+    folder = save(config, TrainState(3, 24, 24 * 16), training.chunks, training.optimizer)
     release(training)
     return str(folder)
 
@@ -176,7 +177,7 @@ def overlapping_run(settings: dict[str, Any]) -> list[str]:
         train_step.run_schedule = run_schedule
         for name, original in originals.items():
             setattr(group_class, name, original)
-    training.save()
+    training.save_last(in_a_hurry=False)
     release(training)
     return calls
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from ranks import RankPool
 from torch.distributed.checkpoint import FileSystemReader
-from training_bodies import BASE, merged, records, train
+from training_bodies import BASE, merged, records, reseal, train
 
 from megatron_skywork.convert.check.item_digests import item_digests
-from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.errors import CheckpointError
 
 # Everything that has a state: dropping, adaptive coefficients, a loss over the global batch, accumulation, dropout, half precision.
@@ -66,7 +65,7 @@ def test_routers_without_their_state_are_refused(ranks: RankPool, tmp_path: Path
     del metadata.state_dict_metadata[lost]
     metadata.storage_data = {index: place for index, place in metadata.storage_data.items() if index.fqn != lost}
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    write_marker(folder)
+    reseal(folder)
     setting = {"aux_coefficient": "moe.adaptive.enabled=true", "batch_means": "global_batch"}[state]
     with pytest.raises(AssertionError, match=f"(?s)CheckpointError.*does not fit this model.*{lost}.*without .*{setting}.*checkpoint.init_from"):
         ranks.run(1, train, merged(settings, {"train": {"stop_at_step": 3}}))
@@ -76,7 +75,7 @@ def test_routers_without_their_state_are_refused(ranks: RankPool, tmp_path: Path
 def test_retention_keeps_the_newest_and_a_damaged_one_is_passed_over(ranks: RankPool, tmp_path: Path) -> None:
     settings = merged(BASE, {"run_dir": str(tmp_path), "train": {"steps": 5}, "checkpoint": {"every": 1, "keep": 2}})
     ranks.run(1, train, settings)
-    folders = sorted((tmp_path / "checkpoints").iterdir())
+    folders = sorted((tmp_path / "checkpoints").glob("step_*"))
     assert [folder.name for folder in folders] == ["step_00000004", "step_00000005"]
     whole = records(tmp_path)
     shard = next(folders[-1].glob("*.distcp"))
@@ -88,7 +87,7 @@ def test_retention_keeps_the_newest_and_a_damaged_one_is_passed_over(ranks: Rank
     (folders[-1] / "complete.json").unlink()
     (tmp_path / "checkpoints" / "step_00000009").mkdir()
     ranks.run(1, train, settings)
-    assert [folder.name for folder in sorted((tmp_path / "checkpoints").iterdir())] == ["step_00000004", "step_00000005"]
+    assert [folder.name for folder in sorted((tmp_path / "checkpoints").glob("step_*"))] == ["step_00000004", "step_00000005"]
 
 
 def test_a_damaged_later_folder_does_not_push_out_what_is_saved(ranks: RankPool, tmp_path: Path) -> None:
@@ -98,7 +97,7 @@ def test_a_damaged_later_folder_does_not_push_out_what_is_saved(ranks: RankPool,
     shutil.copytree(tmp_path / "checkpoints" / "step_00000002", damaged)
     next(damaged.glob("*.distcp")).write_bytes(b"")
     ranks.run(1, train, settings)
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    assert [folder.name for folder in (tmp_path / "checkpoints").glob("step_*")] == ["step_00000003"]
 
 
 def test_a_resume_uses_the_optimizer_settings_of_its_own_start(ranks: RankPool, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def save_copied_experts(settings: dict[str, Any]) -> None:
     """Write a checkpoint of step 0 in which all experts of a layer are copies of its first, as after upcycling."""
     import torch
 
-    from megatron_skywork import checkpoint, parallel
+    from megatron_skywork import parallel
+    from megatron_skywork.checkpoint.save import save
     from megatron_skywork.config.schema import Config
     from megatron_skywork.moe.expert_similarity import local_experts
     from megatron_skywork.train.evaluate import find_moe_layers
@@ -47,7 +48,7 @@ def save_copied_experts(settings: dict[str, Any]) -> None:
             for expert in others:
                 for tensor, source in zip(expert, first, strict=True):
                     tensor.copy_(source)
-    checkpoint.save(config, training.state, training.chunks, training.optimizer)
+    save(config, training.state, training.chunks, training.optimizer)
     release(training)
 
 

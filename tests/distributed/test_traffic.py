@@ -87,14 +87,15 @@ def saves(settings: dict[str, Any]) -> tuple[int, float]:
     sys.path.insert(0, BENCHMARKS)
     from scaling_traffic import CountTraffic
 
-    from megatron_skywork import checkpoint, parallel
+    from megatron_skywork import parallel
+    from megatron_skywork.checkpoint.save import save
     from megatron_skywork.config.schema import Config
     from megatron_skywork.train.training import Training
 
     config = Config(**settings)
     training = Training(config, parallel.start(config))
     with CountTraffic() as traffic:
-        checkpoint.save(config, training.state, training.chunks, training.optimizer)
+        save(config, training.state, training.chunks, training.optimizer)
     release(training)
     gathered = [sent for (group, _), sent in traffic.sent.items() if group in ("dp_cp", "expert_dp")]
     return sum(sent.calls for sent in gathered), sum(sent.num_bytes for sent in gathered)

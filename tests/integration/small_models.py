@@ -116,7 +116,8 @@ from pathlib import Path
 from megatron_skywork import device
 device.prepare()
 import torch
-from megatron_skywork import checkpoint, parallel
+from megatron_skywork import parallel
+from megatron_skywork.checkpoint.load import load_weights
 from megatron_skywork.config.load import load_config
 from megatron_skywork.model.build import build_chunks
 base, tokens = Path(sys.argv[1]), torch.tensor(json.loads(sys.argv[2]))
@@ -128,7 +129,7 @@ for folder in sorted(path for path in base.iterdir() if path.is_dir()):
         parallel.start(config)
         started = True
     chunks = build_chunks(config)
-    checkpoint.load_weights(folder, chunks)
+    load_weights(folder, chunks)
     model = chunks[0].eval()
     with torch.no_grad():
         logits = model(tokens[None], torch.arange(len(tokens))[None], None)[0, :, :config.model.vocab_size]

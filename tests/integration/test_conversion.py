@@ -344,7 +344,9 @@ from megatron_skywork import device
 device.prepare()
 import torch
 from megatron.core import dist_checkpointing
-from megatron_skywork import checkpoint, parallel
+from megatron_skywork import parallel
+from megatron_skywork.checkpoint.content import sharded_weights
+from megatron_skywork.checkpoint.load import load_weights
 from megatron_skywork.config.load import load_config
 from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.model.build import build_chunks
@@ -357,10 +359,10 @@ for tp, pp, ep in ((2, 2, 2), (1, 4, 1), (2, 1, 4), (1, 1, 2)):
     parallel.build_groups(config.parallel)
     parallel.seed_everything(1)
     chunks = build_chunks(config)
-    checkpoint.load_weights(base / "moe", chunks)
+    load_weights(base / "moe", chunks)
     # megatron-core's own strict load first: every key the model asks for is in the folder, extra states included.
-    weights = checkpoint._weights(chunks)["model"]
-    _, missing, unexpected = dist_checkpointing.load(checkpoint._weights(chunks)["model"], str(base / "moe"), strict="return_all")
+    weights = sharded_weights(chunks)["model"]
+    _, missing, unexpected = dist_checkpointing.load(sharded_weights(chunks)["model"], str(base / "moe"), strict="return_all")
     assert not unexpected, unexpected
     out = base / f"again-{tp}-{pp}-{ep}"
     if torch.distributed.get_rank() == 0:

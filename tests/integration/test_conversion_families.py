@@ -20,7 +20,8 @@ transformers = pytest.importorskip("transformers")
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories  # noqa: E402
 
-from megatron_skywork import checkpoint, parallel  # noqa: E402
+from megatron_skywork import parallel  # noqa: E402
+from megatron_skywork.checkpoint.content import LAYOUT_FREE  # noqa: E402
 from megatron_skywork.config.schema import Config, Model, Moe  # noqa: E402
 from megatron_skywork.convert import table  # noqa: E402
 from megatron_skywork.convert.config_json import LLAMA3_ROPE, write_config  # noqa: E402
@@ -69,7 +70,7 @@ def training_model(described: Description, tensors: dict[str, torch.Tensor], len
     weights = list(table.weights(described.model, described.moe, described.naming))
     ours = {weight.ours: weight.layout.forward([tensors[name] for name in weight.theirs]) for weight in weights}
     assert {name for weight in weights for name in weight.theirs} == set(tensors)
-    content = chunk.sharded_state_dict(metadata=dict(checkpoint.LAYOUT_FREE))
+    content = chunk.sharded_state_dict(metadata=dict(LAYOUT_FREE))
     apply_factories(content)
     filled = set()
     for item in nested_values(content):

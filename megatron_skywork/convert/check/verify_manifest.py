@@ -121,6 +121,7 @@ def _manifest(folder: Path, files: dict[str, Path], found: _Findings, progress: 
     if MANIFEST in files:
         manifest = _read_manifest(folder, found)
         expected = {name: ("sha256", digest) for name, digest in _listed(folder, manifest, files, found)}
+        found.problems += _unlisted(manifest, files)
         found.checked.append(f"every file's size and SHA-256 against {MANIFEST}")
     else:
         blobs = {name: blob for name, path in files.items() if path.is_symlink() and (blob := blob_hash(path))}
@@ -170,9 +171,19 @@ def _listed(folder: Path, manifest: dict[str, Any], files: dict[str, Path], foun
             found.problems.append(f"{name}: {files[name].stat().st_size} bytes, {size} recorded")
         else:
             yield name, digest
-    for name in files:
-        if name not in entries and name not in (MANIFEST, MARKER):
-            found.problems.append(f"{name}: is there, and not in {MANIFEST}")
+
+
+def _unlisted(manifest: dict[str, Any], files: dict[str, Path]) -> list[str]:
+    entries = manifest.get("files")
+    strangers = [name for name in files if name not in entries and name not in (MANIFEST, MARKER)] if isinstance(entries, dict) else []
+    return [f"{name}: is there, and not in {MANIFEST}" for name in strangers]
+
+
+def recorded_hashes(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """SHA-256 of the files that a manifest names and that are there in its sizes, and what is wrong with the rest; what it does not name is not looked at."""
+    found = _Findings()
+    files = _files(folder, found)
+    return dict(_listed(folder, _read_manifest(folder, found), files, found)), found.problems
 
 
 def _hash_all(wanted: Iterable[tuple[Path, str]], found: _Findings, label: str, progress: TextIO | None) -> dict[tuple[Path, str], str]:

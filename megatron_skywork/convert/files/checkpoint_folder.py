@@ -9,7 +9,7 @@ import hashlib
 import platform
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -145,21 +145,28 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
     return found
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content."""
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hash of a file's content; `progress` is called with the number of bytes after each block."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+            if progress is not None:
+                progress(len(block))
     return digest.hexdigest()
 
 
 def write_manifest(folder: Path, content: dict[str, Any], known_hashes: dict[str, str]) -> None:
     """`manifest.json`: where the weights come from, how they were made, by which versions, and the SHA-256 of every file."""
     names = [name for name in list_files(folder) if name != MANIFEST]
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": known_hashes.get(name) or sha256_of(folder / name)} for name in names}
-    manifest = {**content, "versions": versions(), "files": files}
-    (folder / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
+    files = {name: ((folder / name).stat().st_size, known_hashes.get(name) or sha256_of(folder / name)) for name in names}
+    (folder / MANIFEST).write_text(manifest_text(content, files), encoding="utf-8")
+
+
+def manifest_text(content: dict[str, Any], files: Mapping[str, tuple[int, str]]) -> str:
+    """A sealed manifest of these files: name -> bytes, SHA-256."""
+    listed = {name: {"bytes": num_bytes, "sha256": sha256} for name, (num_bytes, sha256) in files.items()}
+    return sealed({**content, "versions": versions(), "files": listed})
 
 
 def versions() -> dict[str, str]:
