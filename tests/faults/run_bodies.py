@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
         "num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2, "num_query_groups": 2, "vocab_size": 32,
         "max_position_embeddings": 16, "backend": "torch", "hidden_dropout": 0.1,
     },
-    "moe": {"num_experts": 2, "topk": 1, "router_init_std": 0.1},
+    "moe": {"num_experts": 4, "topk": 2, "router_init_std": 0.1},
     "data": {"mock": True, "seq_length": 8, "num_workers": 0},
     "optim": {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 1},
     "train": {"steps": STEPS, "global_batch_size": 2, "micro_batch_size": 1, "precision": "fp32"},

@@ -74,7 +74,10 @@ def of_our_save(background: bool) -> Callable[[str, int | None, Path], Outcome]:
             def check(root: Path, how: str, ended: Ended, folder: Path) -> str | None:
                 return _lost(merged(settings, {"run_dir": str(root)}), whole, how, ended, folder)
 
-            return everywhere(place, how, count, "run_bodies:one_more_save", lambda root: [merged(settings, {"run_dir": str(root)})], check, template, "checkpoints")
+            def args(root: Path) -> list[Any]:
+                return [merged(settings, {"run_dir": str(root)})]
+
+            return everywhere(place, how, count, "run_bodies:one_more_save", args, check, template, "checkpoints")
 
     return injected
 

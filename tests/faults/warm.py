@@ -1,5 +1,5 @@
-"""A process that has imported torch and megatron-core once, and forks a child for each thing that is tried: an injection costs a fraction of a second instead of
-the ten that Python needs to start. A child is a process as any other: it may be killed, traced, or end itself, and nothing of it is left.
+"""A process that has imported torch and megatron-core once, and forks a child for each thing that is tried: an injection costs a fraction of a second instead
+of the ten that Python needs to start. A child is a process as any other: it may be killed, traced, or end itself, and nothing of it is left.
 
 The server has no thread and no process group, so that what it forks is sound; a child builds its own group of one rank.
 """
