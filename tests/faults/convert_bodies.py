@@ -14,7 +14,7 @@ from warm import wait_for_tracer
 FILE_BYTES = 8000  # a few files of weights
 
 
-def make_dense(folder: Path) -> None:
+def make_dense(folder: Path, seed: int = 0) -> None:
     """A dense model of two layers as a Hugging Face folder."""
     import torch
     from safetensors.torch import save_file
@@ -24,7 +24,7 @@ def make_dense(folder: Path) -> None:
     from megatron_skywork.convert.table import weights
 
     model = Model(num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4, num_query_groups=2, vocab_size=50, vocab_divisible_by=32)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
     shapes = {name: shape for weight in weights(model, None) for name, shape in zip(weight.theirs, weight.layout.parts, strict=True)}
     folder.mkdir(parents=True)
     save_file({name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}, folder / "model.safetensors", metadata={"format": "pt"})
