@@ -42,7 +42,8 @@ def _aims(draw: random.Random) -> Iterator[list[Aim]]:
     steps, saves, starts = ([_shuffled(places, draw) for places in (_STEP, _SAVE, _START)][kind] for kind in range(3))
     while True:
         chosen = [next(saves), None, next(starts), next(steps), next(starts), None, next(saves), next(saves), None, next(steps)]
-        yield [None if aim is None else (aim[0], draw.randint(1, aim[1])) for aim in chosen]
+        # The first kill is late enough for a checkpoint to be there, so that all others find something to go on from.
+        yield [None if aim is None else (aim[0], draw.randint(1 if number else aim[1] // 2 + 1, aim[1])) for number, aim in enumerate(chosen)]
 
 
 def _shuffled(places: list[tuple[str, int]], draw: random.Random) -> Iterator[tuple[str, int]]:
