@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -o pipefail -ec
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation bench-upcycle bench-train gpu faults test lint unit test-312 clean
+.PHONY: help env demo ablation bench-upcycle bench-train gpu faults test lint unit test-312 slurm-packages slurm clean
 
 PYTHON ?= python3
 PYTHON312 ?=
@@ -40,6 +40,10 @@ faults: .venv/installed  ## everything done to saves, data and ranks on purpose,
 	@$(TEST_ENV) $(BIN)/python tests/faults/suite.py $(FAULTS)
 
 test: .venv/installed lint unit test-312  ## everything CI runs: ruff, mypy, all tests, and tests/distributed on Python 3.12
+	@grep -E '^SKIPPED.*(SLURM was|two hosts were) not tested' .venv/pytest.log > .venv/not_tested || exit 0; \
+	    echo "=================================================================================="; \
+	    cat .venv/not_tested; \
+	    echo "=================================================================================="
 	@echo "== closing lines"
 	@tail -n 1 .venv/pytest.log | sed 's/^/all tests:          /'
 	@if [ -f .venv312/pytest.log ]; then tail -n 1 .venv312/pytest.log | sed 's/^/Python 3.12 ranks:  /'; else echo "Python 3.12 ranks:  NOT RUN (see above)"; fi
@@ -53,6 +57,12 @@ lint: .venv/installed  ## ruff and mypy
 unit: .venv/installed
 	@echo "== pytest ($$($(BIN)/python --version), megatron-core $$($(BIN)/python -c 'from importlib.metadata import version; print(version("megatron-core"))'))"
 	@$(TEST_ENV) $(BIN)/python -m pytest -q --durations=15 tests 2>&1 | tee .venv/pytest.log
+
+slurm-packages:  ## as root on Debian: install what the tests of SLURM and of two hosts need (make test skips them without)
+	@tests/slurm/install.sh
+
+slurm: .venv/installed  ## the tests on a SLURM of their own and on two hosts made of network namespaces
+	@$(TEST_ENV) $(BIN)/python -m pytest -q --durations=0 tests/slurm tests/hosts
 
 # The other megatron-core: pip gives 0.16 below Python 3.12 and 0.19 from there on.
 test-312: .venv/installed  ## tests/distributed on Python 3.12 with megatron-core 0.19, where a Python 3.12 is present

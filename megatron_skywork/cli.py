@@ -1,6 +1,7 @@
 """The command line of `launch/pretrain_moe.py`: settings in, a run or a plan out.
 
-Nothing here imports torch before the configuration is known to be right: a mistake, `--help` and `--dry-run` are answered at once.
+Nothing here imports torch before the configuration is known to be right: a mistake, `--help` and `--dry-run` are answered at once. What reads settings is
+imported late too, so that a signal is heard from the first moment on.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from megatron_skywork.config.load import load_config
-from megatron_skywork.config.manual import manual_text
 from megatron_skywork.errors import EXIT_DONE, ConfigError, UserError
-from megatron_skywork.plan.describe import describe, plan_text
+from megatron_skywork.train import status
+from megatron_skywork.train.signals import hold, release
 
 USAGE = """\
 Examples:
@@ -46,6 +47,8 @@ def build_parser() -> Parser:
     parser.add_argument("--dry-run", action="store_true", help="check the settings, print the plan (parameters, FLOPs, groups) and exit; needs no GPU")
     parser.add_argument("--world-size", type=int, metavar="W", help="number of ranks the dry run is for (default: the variable WORLD_SIZE, or 1)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+    parser.add_argument(
+        "--check-replicas", type=int, metavar="N", help="every N steps compare the copies of parameters on several ranks (the setting train.check_replicas)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that win over the files")
     return parser
 
@@ -93,22 +96,44 @@ def pretrain(arguments: Sequence[str]) -> NoReturn:
     Args:
         arguments: without the program's name.
     """
-    parser = build_parser()
-    if "-h" in arguments or "--help" in arguments:
-        show(parser.format_help() + "\n" + USAGE + manual_text())
-        sys.exit(EXIT_DONE)
+    hold()
     try:
-        options = parser.parse_intermixed_args(list(arguments))
-        if options.json and not options.dry_run:
-            parser.error("--json goes with --dry-run")
-        world_size = world_size_from(options.world_size, os.environ, options.dry_run)
-        config = load_config(options.config, options.overrides, world_size)
-        if options.dry_run:
-            show(json.dumps(describe(config, world_size), indent=1) if options.json else plan_text(config, world_size))
-            sys.exit(EXIT_DONE)
-        from megatron_skywork.train.run import run_training  # imports torch, so only now
-
-        sys.exit(run_training(config))
+        sys.exit(status.exit_code(_answer(arguments)))
     except UserError as error:
         report_error(error, os.environ)
         sys.exit(error.exit_code)
+    finally:
+        release()
+
+
+def _answer(arguments: Sequence[str]) -> int:
+    from megatron_skywork.config.load import load_config, stated_run_dir
+    from megatron_skywork.config.manual import manual_text
+    from megatron_skywork.plan.describe import describe, plan_text
+
+    parser = build_parser()
+    if "-h" in arguments or "--help" in arguments:
+        show(parser.format_help() + "\n" + USAGE + manual_text())
+        return EXIT_DONE
+    options = parser.parse_intermixed_args(list(arguments))
+    if options.json and not options.dry_run:
+        parser.error("--json goes with --dry-run")
+    world_size = world_size_from(options.world_size, os.environ, options.dry_run)
+    overrides = [*options.overrides, *([] if options.check_replicas is None else [f"train.check_replicas={options.check_replicas}"])]
+    try:
+        config = load_config(options.config, overrides, world_size)
+    except ConfigError as error:
+        if not options.dry_run and os.environ.get("RANK", "0") == "0":
+            status.refuse(stated_run_dir(options.config, overrides), error)
+        raise
+    if options.dry_run:
+        show(json.dumps(describe(config, world_size), indent=1) if options.json else plan_text(config, world_size))
+        return EXIT_DONE
+    ended = status.ended_for_good(Path(config.run_dir))
+    if ended is not None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"not tried again: the attempt before this one ended for good, exit code {ended[0]}: {ended[1]}", file=sys.stderr)
+        return ended[0]
+    from megatron_skywork.train.run import run_training  # imports torch, so only now
+
+    return run_training(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,9 @@ def _share_one_device() -> None:
     class SharedDeviceGloo(original, metaclass=StillGloo):  # type: ignore[misc,valid-type]
         def __init__(self, store: Any, rank: int, size: int, timeout: Any):
             if not shared:
-                shared.append(original.create_default_device())
+                # As torch does for its own devices: the interfaces that were named, or what the host's name stands for.
+                interfaces = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+                shared.extend([original.create_device(interface=name) for name in interfaces] or [original.create_default_device()])
             options = original._Options()
             options._devices, options._timeout = list(shared), timeout
             super().__init__(store, rank, size, options)

@@ -112,6 +112,8 @@ def _serve(tasks: Any, answers: Any) -> None:
     device.prepare()
     from megatron_skywork import parallel  # imports megatron-core, so only now
 
+    gc.collect()
+    gc.freeze()  # megatron-core collects garbage in every save and load, and would look through all that was imported each time
     while True:
         function, args, rank, world_size, rendezvous = tasks.get()
         os.environ["LOCAL_RANK"] = str(rank)  # its own GPU, where there are some

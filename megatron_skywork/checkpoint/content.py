@@ -10,11 +10,13 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_skywork import device
+from megatron_skywork import device, parallel
 from megatron_skywork.errors import CheckpointError
 from megatron_skywork.model.build import unwrap
 from megatron_skywork.moe.adaptive_aux import COEFFICIENT_NAME
 from megatron_skywork.moe.aux_loss import MEANS_NAME
+from megatron_skywork.moe.router_state import find_routers
+from megatron_skywork.moe.routing_probe import RoutingProbe
 
 # `non_homogeneous_layers`: one key per layer, so that a layer's key does not depend on how layers are spread over stages.
 LAYOUT_FREE = {"non_homogeneous_layers": True, "singleton_local_shards": False}
@@ -36,30 +38,49 @@ def merged(weights: dict[str, Any]) -> dict[str, Any]:
     return weights.get("model", weights)
 
 
-def put_weights(chunks: list[Any], content: dict[str, Any], partial: bool = False) -> None:
+def put_weights(chunks: list[Any], content: dict[str, Any], absent: tuple[str, ...] = ()) -> None:
+    """Give the chunks their tensors; only names that end as one of `absent` may be missing, and then keep what they have.
+
+    Raises:
+        CheckpointError: something else is missing, or has no place.
+    """
     for number, chunk in enumerate(chunks):
         tensors = content["model" if len(chunks) == 1 else f"model{number}"]
-        outcome = unwrap(chunk).load_state_dict(tensors, strict=not partial)
-        if partial:
-            missing = [key for key in outcome.missing_keys if not key.endswith(NOT_WEIGHTS)]
-            if missing or outcome.unexpected_keys:
-                raise CheckpointError(f"weights do not fit the model: missing {missing}, unexpected {outcome.unexpected_keys}")
+        outcome = unwrap(chunk).load_state_dict(tensors, strict=not absent)
+        missing = [key for key in outcome.missing_keys if not key.endswith(absent)]
+        if missing or outcome.unexpected_keys:
+            raise CheckpointError(f"weights do not fit the model: missing {missing}, unexpected {outcome.unexpected_keys}")
 
 
-def random_states() -> dict[str, Any]:
-    """This rank's random states, under its own place among the ranks."""
+def rank_states(chunks: list[Any]) -> dict[str, Any]:
+    """What is this rank's own, under its place in the layout: random states (Python's, NumPy's, torch's with the GPU's, and megatron-core's for tensor, data
+    and expert parallelism), and where its routers sent the probe of the last evaluation.
+    """
     states = {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
         "torch": device.rng_state(),
         "tracker": {name: state.clone() for name, state in tensor_parallel.get_cuda_rng_tracker().get_states().items()},
     }
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return {"states": ShardedObject("rng", states, (world,), (rank,), replica_id=0)}
+    probes = [None if router.probe is None else router.probe.memory() for router in find_routers(chunks)]
+    return {"rng": _of_this_rank("rng", states), "probes": _of_this_rank("probe", probes)}
 
 
-def restore_rng(content: dict[str, Any]) -> None:
-    states = content["states"]
+def _of_this_rank(name: str, value: Any) -> ShardedObject:
+    """The key names every coordinate, so that a state can only come back to the place it was saved at, however ranks are numbered."""
+    place = parallel.coordinates()
+    key = f"{name}/" + "-".join(f"{axis}{getattr(place, axis)}" for axis in ("tp", "cp", "dp", "pp", "etp", "ep"))
+    return ShardedObject(key, value, (1,), (0,), replica_id=0)
+
+
+def restore_probes(chunks: list[Any], memories: list[torch.Tensor | None]) -> None:
+    """Let the next evaluation compare with the last one before the checkpoint."""
+    for router, memory in zip(find_routers(chunks), memories, strict=True):
+        router.probe = None if memory is None else RoutingProbe(memory.to(device.current()))
+
+
+def restore_rng(states: dict[str, Any]) -> None:
+    """Inverse of `rank_states` for the random states."""
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])
     device.set_rng_state(states["torch"])

@@ -15,14 +15,13 @@ so they never cross those of training.
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,10 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_skywork import device
 from megatron_skywork.checkpoint.capture import Capture, capture, tensor_bytes
 from megatron_skywork.checkpoint.commit import commit, point_to
-from megatron_skywork.checkpoint.content import OPTIMIZER_LAYOUT, merged, random_states, sharded_weights
+from megatron_skywork.checkpoint.content import OPTIMIZER_LAYOUT, merged, rank_states, sharded_weights
 from megatron_skywork.checkpoint.folders import clear_leftovers, folder_of, retain, staging_of
 from megatron_skywork.checkpoint.space import check_space_for_save
-from megatron_skywork.checkpoint.state import TrainState, layout_of, versions
+from megatron_skywork.checkpoint.state import STATE_FILE, TrainState, describe_state
 from megatron_skywork.checkpoint.together import from_first
 from megatron_skywork.checkpoint.write import Part, reason_of, write_part
 from megatron_skywork.config.load import dump_config
@@ -155,13 +154,12 @@ class Saver:
         content = {
             **weights,
             "optimizer": optimizer.sharded_state_dict(merged(weights), is_loading=False, metadata=OPTIMIZER_LAYOUT),
-            "rng": random_states(),
+            "rank": rank_states(chunks),
         }
         captured, common = capture(content, copies=self._config.checkpoint.background)
         job.index, job.common = captured.index, common
         if self._is_first:
-            described = json.dumps({**asdict(state), "layout": layout_of(self._config), "versions": versions()}, indent=1)
-            job.texts = {"config.yaml": dump_config(self._config), "state.json": described}
+            job.texts = {"config.yaml": dump_config(self._config), STATE_FILE: describe_state(self._config, state)}
         return captured
 
     def _open_staging(self, folder: Path, index: Any) -> None:

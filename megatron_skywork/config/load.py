@@ -17,7 +17,8 @@ from pydantic import BaseModel, ValidationError
 from megatron_skywork.config.manual import is_section, section_of
 from megatron_skywork.config.problems import broken_rule, kind, nearest, rewrite, settle_alternatives, shown
 from megatron_skywork.config.rules import overlap
-from megatron_skywork.config.schema import VALUES_ONLY, Config, Section
+from megatron_skywork.config.schema import Config
+from megatron_skywork.config.section import VALUES_ONLY, Section
 from megatron_skywork.config.validate import find_problems
 from megatron_skywork.config.yaml_strict import Document, read_yaml, write_yaml
 from megatron_skywork.errors import ConfigError
@@ -45,6 +46,12 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), worl
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def stated_run_dir(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> str | None:
+    """The run's folder that a configuration names, also one that is wrong elsewhere; None where it names none."""
+    stated = _gather(paths, overrides)[0].get("run_dir")
+    return stated if isinstance(stated, str) and stated else None
 
 
 def check_config(config: Config, world_size: int | None = None) -> None:

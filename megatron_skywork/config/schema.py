@@ -9,36 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
+from megatron_skywork.config.launch import Launch
+from megatron_skywork.config.section import NonNegative, NonNegativeFloat, Positive, Section, Share
 
 # bf16 keeps 8 significant bits, so half the distance to a neighbour is at most 2^-8 of a value; derived in adamw.py.
 LARGEST_BETA_BF16 = 1 - 2**-8
 
-# Given as the context of a validation: check every value by itself, and leave out `Section.rules`.
-VALUES_ONLY = "values only"
-
-
-class Section(BaseModel):
-    """A group of settings: unknown names are errors, `true` is not an int, and nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
-        """Rules between settings of this section that are broken: the settings that a rule reads, and a sentence that begins with one of them."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _keep_rules(self, info: ValidationInfo) -> Section:
-        problems = [] if info.context == VALUES_ONLY else [sentence for _, sentence in self.rules()]
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+# What `resume.mode` may be beside a path.
+RESUME_MODES = ("auto", "strict", "none")
 
 
 class Model(Section):
@@ -277,25 +257,58 @@ class Train(Section):
     keep_logits: bool = Field(
         True, description="In bf16 and fp16, keep logits for backward: 2 bytes per token and vocabulary entry of a rank; off, and always in fp32, they are computed again.")
     seed: NonNegative = Field(1234, le=2**31 - 1, description="Seed of weights, dropout and data order.")
-    max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run stops.")
+    max_nonfinite_steps: Positive = Field(3, description="Steps in a row with a loss or gradient that is not finite: each is skipped, and after so many the run saves and stops.")
+    check_replicas: NonNegative = Field(
+        0, description="Steps between comparisons of the parameters that several ranks hold, by hash; a copy that differs ends the run and names the rank. 0 means never.")
     stop_at_step: Positive | None = Field(None, description="Save and stop after this step, without changing the schedule.")
     time_limit_seconds: float | None = Field(None, gt=0, description="Save and stop when the process has run this long.")
+    grace_seconds: float | None = Field(None, gt=0, description="What a stop signal leaves until the process is killed; a save that takes more than half of it is warned of. Unset: the variable TORCH_ELASTIC_SHUTDOWN_TIMEOUT, or 30, as torchrun and SLURM have it.")
     eval_every: NonNegative = Field(0, description="Steps between evaluations; 0 means only where asked at start and end.")
     eval_samples: Positive = Field(64, description="Sequences of each validation set that are evaluated.")
     eval_at_start: bool = Field(False, description="Evaluate before the first step.")
     eval_at_end: bool = Field(False, description="Evaluate after the last step.")
 
 
+class Spikes(Section):
+    """What is done about a step whose loss stands out above those before it."""
+
+    policy: Literal["off", "log", "skip", "rewind"] = Field(
+        "log", description="log: record it; skip: also leave the step's update out; rewind: go back to the newest checkpoint and pass over the data up to the spike.")
+    window: Positive = Field(128, description="Steps before it that a loss is compared with.")
+    threshold: float = Field(6.0, gt=0, description="Robust standard deviations above the window's median that make a spike (1.4826 times the median absolute deviation each).")
+    minimum_steps: Positive = Field(32, description="Nothing is a spike before the window holds so many losses.")
+    max_rewinds: NonNegative = Field(3, description="How often a run may go back; spikes after that are recorded only.")
+
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.minimum_steps > self.window:
+            yield ("minimum_steps", "window"), f"minimum_steps={self.minimum_steps} is above window={self.window}, which then never holds enough; raise window, or lower it"
+
+
 class Checkpoint(Section):
     """What is loaded and what is kept."""
 
     init_from: str | None = Field(None, description="Folder whose weights (not optimizer or step) start a new run; ignored when the run resumes.")
-    resume: Literal["auto", "none"] = Field("auto", description="auto: go on from the newest complete checkpoint of the run folder, if any; none: refuse a folder that has one.")
     every: NonNegative = Field(0, description="Steps between saves; 0 means only at the end and on a stop.")
     keep: Positive = Field(2, description="Newest complete checkpoints that are kept.")
     save_at_end: bool = Field(True, description="Save after the last step.")
     background: bool = Field(True, description="Training goes on while a thread writes; needs host memory for a copy of what each rank saves. false: it waits until all is written.")
     on_save_error: Literal["continue", "stop"] = Field("stop", description="After a save that failed: end the run, or go on and try again at the next one. The save at an end or a stop must succeed.")
+
+
+class Resume(Section):
+    """How a run goes on from what was saved."""
+
+    mode: str = Field("auto", description="auto: go on from the newest checkpoint of the run folder that verifies, start where there never was one; strict: there must be one; none: refuse a folder that has one; a path: go on from exactly this checkpoint, also of another run.")
+    allow_change: list[str] = Field(default_factory=list, description="Settings that may differ from the checkpoint's although results then differ too: [optim.lr], or ['optim.*'].")
+
+    @field_validator("allow_change", mode="before")
+    @classmethod
+    def _allow_change(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def rules(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.mode not in RESUME_MODES and "/" not in self.mode:
+            yield ("mode",), f"mode={self.mode} is neither {', '.join(RESUME_MODES)} nor the path of a checkpoint folder (a path has a / in it: ./{self.mode})"
 
 
 class Metrics(Section):
@@ -309,6 +322,16 @@ class Metrics(Section):
     peak_tflops: float | None = Field(None, gt=0, description="Peak of one device for MFU; unset means looked up by the device's name, and no MFU where it is not known.")
 
 
+class Watchdog(Section):
+    """How long one rank may keep the job waiting before all ranks end, with a word on which one it was and where, and the stacks of all of them."""
+
+    enabled: bool = Field(True, description="Watch for ranks that hang. Turn it off to debug: a breakpoint looks like a hang. A rank that dies or fails still ends the job.")
+    start_seconds: float = Field(1800.0, gt=0, description="From the start of the process to the first step; and the first step, which may have to compile, if step_seconds is less.")
+    step_seconds: float = Field(900.0, gt=0, description="One step, with its record.")
+    evaluation_seconds: float = Field(3600.0, gt=0, description="One evaluation.")
+    save_seconds: float = Field(1800.0, gt=0, description="One save; also the end of the run, from its last save or evaluation on.")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -316,11 +339,15 @@ class Config(Section):
     model: Model = Field(description="Shape of the transformer.")
     moe: Moe | None = Field(None, description="Experts and routing; leave out for a dense model.")
     parallel: Parallel = Field(default_factory=Parallel, description="Split over ranks.")
+    launch: Launch = Field(default_factory=Launch, description="Under SLURM.")
     data: Data = Field(default_factory=Data, description="Tokens.")
     optim: Optim = Field(default_factory=Optim, description="Optimizer and schedule.")
     train: Train = Field(description="Length, batch, precision, seed.")
+    spikes: Spikes = Field(default_factory=Spikes, description="Loss spikes.")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="Loading and keeping.")
+    resume: Resume = Field(default_factory=Resume, description="Going on from what was saved.")
     metrics: Metrics = Field(default_factory=Metrics, description="Records.")
+    watchdog: Watchdog = Field(default_factory=Watchdog, description="Limits for ranks that hang.")
     megatron: dict[str, Any] = Field(default_factory=dict, description="Any field of megatron-core's TransformerConfig, passed through by name.")
 
     @property

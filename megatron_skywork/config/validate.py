@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_skywork.config import validate_recompute, validate_routing  # noqa: F401  they register their rules
+from megatron_skywork.config import resume_rules, validate_recompute, validate_routing  # noqa: F401  they register their rules
 from megatron_skywork.config.megatron_fields import megatron_problems
 from megatron_skywork.config.rules import RULES, divisors, listed, multiples_near, overlap, rule
 from megatron_skywork.config.schema import Config
@@ -73,6 +73,13 @@ def _context_parallel(config: Config, world: int | None) -> Iterator[str]:
 def _document_mask(config: Config, world: int | None) -> Iterator[str]:
     if config.parallel.cp > 1 and config.data.reset_attention_mask:
         yield f"data.reset_attention_mask=true: documents cannot be kept apart over parallel.cp={config.parallel.cp}; set one of them back (false, or 1)"
+
+
+@rule("parallel.tp", "parallel.pp", "parallel.cp", "train.check_replicas")
+def _replicas(config: Config, world: int | None) -> Iterator[str]:
+    p, every = config.parallel, config.train.check_replicas
+    if every and world is not None and p.tp * p.cp == 1 and world == p.pp:
+        yield f"train.check_replicas={every}: with {world} rank{'s' if world > 1 else ''} and parallel.pp={p.pp} no parameter has a second copy; set it to 0"
 
 
 # --- what is split ---------------------------------------------------------------------------------------------------------------------------

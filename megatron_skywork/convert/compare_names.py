@@ -12,7 +12,7 @@ from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.convert.files.mcore_files import DistributedReader
 from megatron_skywork.convert.files.tensors import Reader, TensorInfo
 from megatron_skywork.convert.layouts import Shape, numel
-from megatron_skywork.convert.safety.shown import first_lines
+from megatron_skywork.convert.safety.shown import brief, first_lines
 from megatron_skywork.convert.table import HF_BUFFERS, moe_layers, weights
 from megatron_skywork.errors import CheckpointError
 
@@ -68,7 +68,9 @@ def _check_tied(reader: Reader) -> None:
 def _compare(where: str, expected: dict[str, Shape], found: dict[str, TensorInfo]) -> None:
     problems = [f"{name}: missing, shape {shape} expected" for name, shape in expected.items() if name not in found]
     problems += [
-        f"{name}: left over, shape {info.shape}; the model described by the config has no place for it" for name, info in found.items() if name not in expected
+        f"{brief(name)}: left over, shape {info.shape}; the model described by the config has no place for it"
+        for name, info in found.items()
+        if name not in expected
     ]
     for name, shape in expected.items():
         info = found.get(name)

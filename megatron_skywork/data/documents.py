@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 from megatron_skywork.errors import DataError
 
 _READ_BYTES = 1 << 16
+# A decoder is fed little at a time. Of 64 KiB zstandard can make 2 GiB (128 KiB of each 4 bytes) and gzip 64 MiB; of this much, 8 MiB and 4 MiB.
+_ZSTD_BYTES, _GZIP_BYTES = 1 << 8, 1 << 12
 _BLOCK_BYTES = 1 << 18
 _BLOCK_LINES = 512
 MAX_LINE_BYTES = 1 << 26
@@ -153,20 +155,27 @@ def _read_lines(path: str, max_bytes: int) -> Iterator[bytes | int]:
 
 
 def _read_chunks(path: str) -> Iterator[bytes]:
+    """The file's bytes in pieces short enough to be cut into lines: millions of empty ones may follow each other."""
+    for decoded in _read_decoded(path):
+        for begin in range(0, len(decoded), _READ_BYTES):
+            yield decoded[begin : begin + _READ_BYTES]
+
+
+def _read_decoded(path: str) -> Iterator[bytes]:
     with open(path, "rb") as stream:
         if path.endswith(".gz"):
-            yield from _decode(stream, lambda: zlib.decompressobj(wbits=31), "gzip", padding=b"\0")
+            yield from _decode(stream, lambda: zlib.decompressobj(wbits=31), "gzip", _GZIP_BYTES, padding=b"\0")
         elif path.endswith(".zst"):
-            yield from _decode(stream, _zstd_decoder(path), "zstandard", padding=b"")
+            yield from _decode(stream, _zstd_decoder(path), "zstandard", _ZSTD_BYTES, padding=b"")
         else:
             while chunk := stream.read(_READ_BYTES):
                 yield chunk
 
 
-def _decode(stream: BinaryIO, new_decoder: Callable[[], Any], kind: str, padding: bytes) -> Iterator[bytes]:
-    """Decoded bytes of a stream of concatenated members; EOFError where the last one is cut off."""
+def _decode(stream: BinaryIO, new_decoder: Callable[[], Any], kind: str, num_bytes: int, padding: bytes) -> Iterator[bytes]:
+    """Decoded bytes of a stream of concatenated members, fed `num_bytes` at a time; EOFError where the last one is cut off."""
     decoder, seen = None, False
-    while compressed := stream.read(_READ_BYTES):
+    while compressed := stream.read(num_bytes):
         while compressed:
             if decoder is None:
                 compressed = compressed.lstrip(padding) if padding and seen else compressed

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_skywork import lifeline
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.datasets import build_train_dataset, build_valid_datasets
 
@@ -119,13 +120,17 @@ def _loader(dataset: Dataset, batches: MicroBatches, num_workers: int, pin_memor
 
 def _worker_signals() -> Callable[[int], None]:
     """Loader processes outlive the signals that ask a run to save and stop: a scheduler sends them to every process of a job, and the
-    run cannot finish its step once a loader process is gone. They still end with the run, which sets `closing` first.
+    run cannot finish its step once a loader process is gone. They still end with the run, which sets `closing` first, and with a rank that is killed.
     """
     closing: Event = multiprocessing.Event()
     # Registered after torch's and multiprocessing's own exit handlers, hence called before these terminate the processes.
     atexit.register(closing.set)
+    rank = os.getpid()
 
     def prepare(_: int) -> None:
+        lifeline.die_with(rank)
+        signal.set_wakeup_fd(-1)  # inherited: a signal to this process would be told to the rank's watchdog
+
         def stop_when_closing(number: int, frame: FrameType | None) -> None:
             if closing.is_set():
                 os._exit(0)

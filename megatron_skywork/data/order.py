@@ -137,6 +137,13 @@ class SampleOrder:
         self._whole = whole_weights(weights)
         self._dataset_P, self._rank_P = blend_cycle(tuple(self._whole))
 
+    def drawn(self, samples: int) -> list[tuple[int, int]]:
+        """Where each dataset stands after the first `samples` samples of the blend: its epoch, and how many samples of it are consumed."""
+        cycles, place = divmod(samples, len(self._dataset_P))
+        within_K = np.bincount(self._dataset_P[:place], minlength=len(self.sizes))
+        drawn = [cycles * whole + int(within) for whole, within in zip(self._whole, within_K, strict=True)]
+        return [divmod(count, size) for count, size in zip(drawn, self.sizes, strict=True)]
+
     def locate(self, indices: np.ndarray | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Dataset and sample within it for each global sample index.
 

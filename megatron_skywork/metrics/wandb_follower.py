@@ -14,20 +14,31 @@ import sys
 from pathlib import Path
 
 import megatron_skywork
+from megatron_skywork.metrics.wandb_worker import TOLD
 
 INIT_SECONDS = 12.0
 CLOSE_SECONDS = 15.0
 ID_FILE = "wandb_id.txt"
 
 
-def run_id(run_dir: Path) -> str:
-    """The id under which W&B knows this run folder; made once, so that a resumed run continues it."""
+def known_run_id(run_dir: Path) -> str | None:
+    """The id under which W&B knows this run folder; None where it does not."""
     path = run_dir / ID_FILE
-    if path.exists() and (known := path.read_text(encoding="utf-8").strip()):
-        return known
-    new = secrets.token_hex(4)
-    path.write_text(new + "\n", encoding="utf-8")
-    return new
+    return (path.read_text(encoding="utf-8").strip() or None) if path.exists() else None
+
+
+def keep_run_id(run_dir: Path, run_id: str) -> None:
+    """Go on under an id from a checkpoint, where the folder has none of its own."""
+    if known_run_id(run_dir) is None:
+        (run_dir / ID_FILE).write_text(run_id + "\n", encoding="utf-8")
+
+
+def run_id(run_dir: Path) -> str:
+    """The id of this run folder; made once, so that a resumed run continues it."""
+    keep_run_id(run_dir, secrets.token_hex(4))
+    known = known_run_id(run_dir)
+    assert known is not None
+    return known
 
 
 class WandbFollower:
@@ -48,13 +59,23 @@ class WandbFollower:
         command += ["--init-seconds", str(INIT_SECONDS), "--mode", mode, "--project", project, "--id", run_id(run_dir), "--name", run_dir.resolve().name]
         # A session of its own: Ctrl-C and a launcher's signals to the group are for the run, which then closes this one in order.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, start_new_session=True)
+        self._is_told = False
+
+    def look(self) -> None:
+        """Say so, once, if the helper has died without a word: killed for its memory, say."""
+        self._tell(self._process.poll(), fine=TOLD)
+
+    def _tell(self, code: int | None, fine: int) -> None:
+        if code not in (None, fine, TOLD) and not self._is_told:
+            self._is_told = True
+            print(f"W&B's helper process has died (exit code {code}); the run goes on without it, and metrics.jsonl is complete", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Let the helper pass on what is left, and end it when that takes too long; the JSONL file has everything either way."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=CLOSE_SECONDS)
+            self._tell(self._process.wait(timeout=CLOSE_SECONDS), fine=0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -1,7 +1,7 @@
 """The helper process that passes metrics.jsonl on to Weights & Biases; started by `wandb_follower.py`.
 
-It ends when its standard input closes (the run is over) or its parent is gone (the run was killed), after reading the file to its end. Any failure is
-one line on stderr and exit code 1; the run does not notice.
+It ends when its standard input closes (the run is over) or its parent is gone (the run was killed), after reading the file to its end, for which a killed
+run leaves it `ORPHAN_SECONDS`. Any failure is one line on stderr and exit code `TOLD`; any other code tells the run that the line is missing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import os
 import select
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from megatron_skywork.metrics.scalars import evaluation_scalars, scalars
 
+TOLD = 3
 FINISH_SECONDS = 60.0
+ORPHAN_SECONDS = 3.0
 _POLL_SECONDS = 1.0
 
 
@@ -31,7 +34,7 @@ class _Deadline:
     @staticmethod
     def _expire(seconds: float, doing: str) -> None:
         _warn(f"{doing} took longer than {seconds:.0f} s")
-        os._exit(1)
+        os._exit(TOLD)
 
     def __enter__(self) -> None:
         self._timer.start()
@@ -40,8 +43,20 @@ class _Deadline:
         self._timer.cancel()
 
 
+def _end_with(parent: int) -> None:
+    """Do not outlive a killed run for long, whatever wandb is waiting for."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_POLL_SECONDS / 2)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _warn(reason: str) -> None:
-    line = " ".join(reason.split())
+    line = " ".join(reason.split())[:500]
     print(f"W&B is off for this run, which goes on without it: {line}", file=sys.stderr, flush=True)
 
 
@@ -110,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--id", required=True)
     parser.add_argument("--name", required=True)
     arguments = parser.parse_args(argv)
+    _end_with(os.getppid())
     try:
         # Importing counts as starting, and wandb may try its server several times within one init.
         with _Deadline(2 * arguments.init_seconds, "starting"):
@@ -119,11 +135,11 @@ def main(argv: list[str] | None = None) -> int:
             run.finish()
     except ImportError:
         _warn("the package wandb is not installed; pip install 'megatron_skywork[wandb]'")
-    except Exception as error:  # whatever wandb raises is its own affair; the run must not notice
+    except BaseException as error:  # whatever wandb raises is its own affair, be it an exit; the run must not notice
         _warn(f"{type(error).__name__}: {error}")
     else:
         return 0
-    return 1
+    return TOLD
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class Writers:
         complete = {"kind": "step", "step": record["step"], "time": time.time(), **record}
         for writer in self._writers:
             writer.step(complete)
+        if self._follower is not None:
+            self._follower.look()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """`step`, `losses` (a mean loss per validation set) and, where there are experts, `router` (see train/evaluate.py)."""

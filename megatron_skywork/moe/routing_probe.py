@@ -16,10 +16,14 @@ from torch.distributed import ProcessGroup
 
 
 class RoutingProbe:
-    """One router's memory of the probe's routing, kept on the device."""
+    """One router's memory of the probe's routing, kept on the device.
 
-    def __init__(self) -> None:
-        self._previous: Tensor | None = None
+    Args:
+        memory: what another one answered as its `memory`, to go on with.
+    """
+
+    def __init__(self, memory: Tensor | None = None) -> None:
+        self._previous: Tensor | None = memory
         self._current: Tensor | None = None
         self._is_listening = False
 
@@ -27,6 +31,10 @@ class RoutingProbe:
         """Take the next routing map. Called when an evaluation begins."""
         self._current = None
         self._is_listening = True
+
+    def memory(self) -> Tensor | None:
+        """What the next evaluation is compared with: bool [T, E] in host memory; None before the first."""
+        return None if self._previous is None else self._previous.cpu()
 
     def see(self, routing_map_TE: Tensor) -> None:
         """Called by the router in evaluation mode, with the assignments before any is dropped."""

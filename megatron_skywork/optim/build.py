@@ -6,6 +6,7 @@ What a step does stands in `step.py`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import megatron.core.optimizer as core_optimizer
 import megatron.core.optimizer.distrib_optimizer as distributed
@@ -77,6 +78,20 @@ def set_rates(optimizer: MegatronOptimizer, learning_rate: float, weight_decay: 
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def take_rates(state: Any, optimizer: MegatronOptimizer) -> None:
+    """Give the parameter groups of a checkpoint the bounds of this start's learning rate: megatron-core 0.19 tells groups apart by them, among other things,
+    and finds none when they have changed. Nothing else reads them, see `set_rates`.
+
+    Args:
+        state: the optimizer's part of a checkpoint, as it was loaded; changed in place.
+    """
+    bounds = {name: group[name] for group in optimizer.param_groups for name in ("max_lr", "min_lr") if name in group}
+    for part in state.values() if isinstance(state, dict) else state if isinstance(state, list) else []:
+        take_rates(part, optimizer)
+    for group in state.get("param_groups", []) if isinstance(state, dict) else []:
+        group.update({name: value for name, value in bounds.items() if name in group})
 
 
 def apply_settings(optimizer: MegatronOptimizer, optim: Optim) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -50,9 +50,9 @@ class OptimizerStep:
         self._parts: list[DistributedOptimizer] = list(getattr(optimizer, "chained_optimizers", [optimizer]))
         gradients = [gradients_of(part) for part in self._parts]
         self._gradients = [gradient for found in gradients for gradient in found.values()]
-        self._counted: list[tuple[Any, list[Tensor]]] = []
+        self._counted: list[tuple[Any, list[Tensor], list[Tensor]]] = []
         for part, found in zip(self._parts, gradients, strict=True):
-            self._count(part.get_grad_stats_parallel_group(), _counted_once(part, found))
+            self._count(part.get_grad_stats_parallel_group(), _counted_once(part, found), list(found.values()))
         # Shards kept in fp32 are views of the model's own parameters and need no copy.
         self._masters = [shard.detach() for part in self._parts for group in part.shard_fp32_from_float16_groups for shard in group]
         self._models = [shard for part in self._parts for group in part.shard_float16_groups for shard in group]
@@ -61,21 +61,25 @@ class OptimizerStep:
         self._gathered = list(_gathered_at_once(chunks))
 
     @torch.no_grad()
-    def __call__(self) -> tuple[bool, float]:
-        """Apply one update, unless a gradient is not finite; then nothing changes but fp16's loss scale.
+    def __call__(self, numbers: Tensor, accepts: Callable[[float, list[float]], bool]) -> tuple[bool, float]:
+        """Apply one update, unless a gradient is not finite or `accepts` says no; then nothing changes but fp16's loss scale.
 
-        The norm is reduced over all ranks before it is looked at, so every rank decides alike.
+        Norm and numbers are reduced over all ranks before they are looked at, so every rank decides alike.
+
+        Args:
+            numbers: float64, whatever else of this rank the decision needs; the host reads their sums together with the norm.
+            accepts: is given the norm and the sums, the same on every rank; says whether the update may be applied.
 
         Returns:
             whether parameters changed, and the gradient norm before clipping.
         """
         if self._scalers:
             torch._foreach_mul_(self._gradients, self._scalers[0].inv_scale.reshape(()))
-        norm = self._norm()
+        norm, sums = self._norm(numbers)
         is_finite = math.isfinite(norm)
         for scaler in self._scalers:
             scaler.update(not is_finite)
-        if not is_finite:
+        if not accepts(norm, sums) or not is_finite:
             return False, norm
         # 1e-6 as in megatron-core and torch: a norm of zero must not divide.
         clip = self._clip_grad / (norm + 1e-6)
@@ -89,23 +93,33 @@ class OptimizerStep:
             bucket_group.start_param_sync()
         return True, norm
 
-    def _count(self, ranks: Any, gradients: list[Tensor]) -> None:
+    def _count(self, ranks: Any, counted: list[Tensor], gradients: list[Tensor]) -> None:
         """Add gradients to those whose squares are summed over `ranks`; parts that share their ranks share the reduction."""
-        for group, counted in self._counted:
+        places = {gradient.data_ptr() for gradient in counted}
+        others = [gradient for gradient in gradients if gradient.data_ptr() not in places]
+        for group, known, left_out in self._counted:
             if group == ranks:
-                counted.extend(gradients)
+                known.extend(counted)
+                left_out.extend(others)
                 return
-        self._counted.append((ranks, gradients))
+        self._counted.append((ranks, counted, others))
 
-    def _norm(self) -> float:
-        """Norm of all gradients of the model; the only number of a step that the host waits for."""
+    def _norm(self, numbers: Tensor) -> tuple[float, list[float]]:
+        """Norm of all gradients of the model, and the sums of `numbers` over all ranks: all that the host waits for in a step.
+
+        Copies that a norm leaves out still get a say in whether it is finite: a rank must not apply a NaN that no other rank counts.
+        """
         squares = []
-        for ranks, gradients in self._counted:
-            norms = torch._foreach_norm(gradients) if gradients else [torch.zeros((), device=device.current())]
+        for ranks, counted, others in self._counted:
+            norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=device.current())]
             square = torch.linalg.vector_norm(torch.stack(norms)) ** 2
+            if others:
+                square = square + 0.0 * torch.linalg.vector_norm(torch.stack(torch._foreach_norm(others)))
             torch.distributed.all_reduce(square, group=ranks)
             squares.append(square)
-        return float(sum(torch.stack(squares).tolist()) ** 0.5)
+        torch.distributed.all_reduce(numbers)
+        read = torch.cat([torch.stack(squares).double(), numbers]).tolist()
+        return float(sum(read[: len(squares)]) ** 0.5), read[len(squares) :]
 
 
 def _counted_once(part: DistributedOptimizer, gradients: dict[Tensor, Tensor]) -> list[Tensor]:

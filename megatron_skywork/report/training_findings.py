@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,9 +20,10 @@ _MUCH_WAITING = 0.05
 
 
 def training_findings(run: Run) -> Iterator[Finding]:
-    """Loss, stability, speed."""
+    """Loss, stability, wrong numbers, speed."""
     yield from _loss(run)
     yield from _stability(run)
+    yield from _wrong_numbers(run)
     yield from _speed(run)
 
 
@@ -75,6 +77,36 @@ def _stability(run: Run) -> Iterator[Finding]:
         yield Finding("warn", f"The gradient norm spiked to {norm[largest]:.1f} at step {run.steps_S[largest]}, {times:.0f} times its usual value.")
 
 
+def _wrong_numbers(run: Run) -> Iterator[Finding]:
+    """Steps that were answered (train/answers.py): who made what was not finite, spikes and rewinds, copies that differed."""
+    made = Counter(rank for event in _events(run, "nonfinite") for rank in event.get("ranks") or [])
+    if made:
+        rank, times = made.most_common(1)[0]
+        others = f", and from {plural(len(made) - 1, 'other rank')} no more often" if len(made) > 1 else ""
+        yield Finding("warn", f"What was not finite came from rank {rank} in {plural(times, 'step')}{others}: look at that machine, and at the steps' data.")
+    spikes = [*_events(run, "spike"), *(event["spike"] | {"answer": "rewind"} for event in _events(run, "rewind"))]
+    if spikes:
+        highest = max(spikes, key=lambda event: event["score"])
+        left_out = sum(event["answer"] == "its update was left out" for event in spikes)
+        where = listed([str(step) for step in sorted(event["step"] for event in spikes)])
+        text = f"The loss spiked at {plural(len(spikes), 'step')}: {where}; "
+        text += f"most at step {highest['step']}, to {highest['loss']:.3f} from a median of {highest['median']:.3f}."
+        yield Finding("warn", text + (f" Updates left out: {left_out}." if left_out else ""))
+    for event in _events(run, "rewind"):
+        first, last = event["passed_over"]
+        where = f"After the spike of step {event['spike']['step']} the run went back to step {event['step']}"
+        yield Finding("note", f"{where}, and passed over samples {first} to {last}.")
+    for event in _events(run, "replicas"):
+        outvoted = [suspect for suspect in event["suspects"] if suspect["outvoted"]]
+        who = listed([f"rank {suspect['rank']} on {suspect['host']}" for suspect in outvoted or event["suspects"]])
+        doubt = "" if outvoted else " (one of them, and no majority says which)"
+        yield Finding("warn", f"Copies of parameters differed at step {event['step']}: {who}{doubt}.")
+
+
+def _events(run: Run, name: str) -> list[dict[str, Any]]:
+    return [event for event in run.events if event.get("event") == name]
+
+
 def _speed(run: Run) -> Iterator[Finding]:
     figures = key_figures(run)
     if figures.tokens_per_second is not None:
@@ -96,7 +128,7 @@ def _speed(run: Run) -> Iterator[Finding]:
 
 def continuity_findings(run: Run) -> Iterator[Finding]:
     """Where the run was resumed."""
-    resumed = [event for event in run.events if event.get("event") == "resume"]
+    resumed = _events(run, "resume")
     if resumed:
         where = listed([f"step {event.get('step')}" for event in resumed])
         yield Finding("note", f"The run was resumed {'once' if len(resumed) == 1 else f'{len(resumed)} times'}, from {where}.")

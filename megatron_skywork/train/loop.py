@@ -15,8 +15,8 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
     settings = training.config.train
     saves = training.config.checkpoint
 
-    if training.resumed_from is not None:
-        training.writers.event("resume", training.state.step, folder=str(training.resumed_from))
+    if training.start.folder is not None:
+        training.writers.event("resume", training.state.step, **training.start.record())
     elif settings.eval_at_start:
         training.evaluate()
 
@@ -25,7 +25,8 @@ def train(training: Training, stop_request: StopRequest) -> str | None:
     while not training.is_finished and stopped_by is None:
         result = training.train_one_step()
         training.log(result)
-        training.refuse_nonfinite(result)
+        if training.answer(result):
+            continue  # it went back to a checkpoint
 
         if training.is_due(settings.eval_every):
             training.evaluate()

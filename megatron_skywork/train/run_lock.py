@@ -21,9 +21,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_skywork.checkpoint.together import from_first
 from megatron_skywork.data.file_lock import exclusive
-from megatron_skywork.errors import EXIT_REFUSED, CheckpointError, ConfigError
+from megatron_skywork.errors import EXIT_REFUSED, CheckpointError, ConfigError, UserError
 
 FILE_NAME = "run.lock"
 BEAT_SECONDS = 15.0
@@ -42,19 +41,39 @@ class RunLock:
     def __init__(self, run_dir: Path, is_first_rank: bool):
         self._path, self._is_first_rank = run_dir / FILE_NAME, is_first_rank
         self._mine: dict[str, Any] = {}
+        self._refusal: UserError | None = None
         self._ended = threading.Event()
         self._beat = threading.Thread(target=self._renew, name="run lock", daemon=True)
 
-    def take(self) -> None:
-        """Hold the folder from now on. Every rank calls it.
+    def take(self) -> bool:
+        """Hold the folder from now on, before anything is written there. The first rank does, at once; the others hear of it in `agree`.
+
+        Returns:
+            false where the folder is another run's; there must be no writing, and `agree` says so.
+        """
+        if self._is_first_rank:
+            try:
+                self._take()
+            except UserError as refusal:
+                self._refusal = refusal
+            else:
+                self._beat.start()
+        return self._refusal is None
+
+    def agree(self) -> None:
+        """Hear whether the folder is ours. Every rank calls it, as soon as ranks can talk.
 
         Raises:
             CheckpointError: on every rank; another run holds the folder, and is alive.
             ConfigError: on every rank; the folder cannot be written.
         """
-        from_first(self._take)
-        if self._is_first_rank:
-            self._beat.start()
+        from megatron_skywork.checkpoint.together import from_first  # torch, which `take` does not wait for
+
+        from_first(self._raise)
+
+    def _raise(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
 
     def release(self) -> None:
         """Let go of it; another run's lock is left alone."""

@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches through the pipeline, gradients reduced, one update, router coefficients moved.
+"""One optimizer step: micro-batches through the pipeline, gradients reduced, one update unless the numbers forbid it, router coefficients moved.
 
 The loss of a step is the mean over all tokens of its global batch that count: sum(mask * cross entropy) / sum(mask). Every rank sums over its own tokens,
 and megatron-core divides gradients once, by the tokens of the global batch, so its split into micro-batches and ranks does not show.
@@ -9,6 +9,7 @@ Shapes: B batch, S sequence.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,14 +35,30 @@ from megatron_skywork.moe.router_state import (
 )
 from megatron_skywork.optim.build import learning_rate, set_rates
 from megatron_skywork.optim.step import OptimizerStep
+from megatron_skywork.train.loss_spikes import LossWindow, Spike
+from megatron_skywork.train.replicas import ReplicaCheck
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """What a step has to say; losses lie on the last pipeline stage only, and nothing has been reduced."""
+class Verdict:
+    """What the numbers of all ranks say about a step, before its update; the same on every rank."""
 
+    loss: float
+    """Mean over the tokens of the global batch that count."""
+    nonfinite: tuple[str, ...]
+    """Which of the two are not finite: `loss`, `gradient norm`."""
+    spike: Spike | None
+    num_differing: int
+    """Tensors that some rank holds otherwise than another one, summed over ranks; 0 in a step that does not compare."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has to say; `loss_sum` and `num_tokens` are this rank's own, and lie on the last pipeline stage only."""
+
+    verdict: Verdict
     loss_sum: Tensor | None
     num_tokens: Tensor | None
     grad_norm: float
@@ -59,6 +76,10 @@ class TrainStep:
         optimizer: over them.
         num_micro_batches: of one step, on every data-parallel rank.
         timer: told which phase is running.
+
+    Attributes:
+        losses: those of the last steps, which spikes stand out from.
+        replicas: compares copies of parameters.
     """
 
     def __init__(self, config: Config, chunks: list[Any], optimizer: Any, num_micro_batches: int, timer: PhaseTimer):
@@ -67,6 +88,7 @@ class TrainStep:
         self._num_micro_batches = num_micro_batches
         self._routers = find_routers(chunks)
         observe(self._routers, health=config.metrics.router)
+        self.losses, self.replicas = LossWindow(config.spikes), ReplicaCheck(chunks)
         connect_schedule(config, chunks, optimizer)
 
     def __call__(self, step: int, loader: Iterator[Batch]) -> StepResult:
@@ -82,11 +104,35 @@ class TrainStep:
         with self._timer.phase("optimizer"):
             rate = learning_rate(step, self._config.optim, self._config.train.steps)
             set_rates(self._optimizer, rate, self._config.optim.weight_decay)
-            applied, grad_norm = self._update()
+            verdicts: list[Verdict] = []
+
+            def accepts(norm: float, sums: list[float]) -> bool:
+                verdicts.append(self._judge(norm, *sums))
+                return self._may_apply(verdicts[0])
+
+            applied, grad_norm = self._update(self._numbers(step, loss_sum, num_tokens), accepts)
             if not applied:
                 restore_expert_biases(self._routers, biases)
             routers = update_coefficients(self._routers, parallel.token_group(), skipped=not applied)
-        return StepResult(loss_sum, num_tokens, grad_norm, rate, applied, routers)
+        return StepResult(verdicts[0], loss_sum, num_tokens, grad_norm, rate, applied, routers)
+
+    def _numbers(self, step: int, loss_sum: Tensor | None, num_tokens: Tensor | None) -> Tensor:
+        """What this rank brings to the verdict, on the device. Tensor-parallel ranks all bring the same loss; the mean does not mind."""
+        nothing = torch.zeros((), dtype=torch.float64, device=device.current())
+        every = self._config.train.check_replicas
+        # The parameters that this step was computed with: its update writes all copies anew.
+        differing = self.replicas.num_differing() if every and step % every == 0 else nothing
+        return torch.stack([nothing if loss_sum is None else loss_sum.double(), nothing if num_tokens is None else num_tokens.double(), differing])
+
+    def _judge(self, norm: float, loss_sum: float, num_tokens: float, num_differing: float) -> Verdict:
+        loss = loss_sum / max(num_tokens, 1.0)
+        nonfinite = tuple(name for name, value in (("loss", loss), ("gradient norm", norm)) if not math.isfinite(value))
+        spike = None if nonfinite or num_differing else self.losses.observe(loss)
+        return Verdict(loss, nonfinite, spike, int(num_differing))
+
+    def _may_apply(self, verdict: Verdict) -> bool:
+        is_left_out = verdict.spike is not None and self._config.spikes.policy == "skip"
+        return not verdict.nonfinite and not verdict.num_differing and not is_left_out
 
 
 def connect_schedule(config: Config, chunks: list[Any], optimizer: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,11 @@ from megatron_skywork import device, parallel
 from megatron_skywork.checkpoint.load import load, load_weights
 from megatron_skywork.checkpoint.save import Saver
 from megatron_skywork.checkpoint.space import problem_before_training
-from megatron_skywork.checkpoint.state import TrainState
+from megatron_skywork.checkpoint.state import HasState, TrainState
 from megatron_skywork.checkpoint.together import from_first
-from megatron_skywork.checkpoint.verify import newest
 from megatron_skywork.config.schema import Config
 from megatron_skywork.data.loader import build_train_loader, build_valid_loaders
-from megatron_skywork.errors import CheckpointError, TrainingError
+from megatron_skywork.errors import CheckpointError
 from megatron_skywork.metrics.record import MetricBuffer
 from megatron_skywork.metrics.throughput import PhaseTimer, formulas, peak_tflops, throughput
 from megatron_skywork.metrics.writers import open_writers
@@ -28,7 +29,10 @@ from megatron_skywork.moe.router_state import gather_router_metrics
 from megatron_skywork.optim.build import build_optimizer
 from megatron_skywork.plan.flops import formula_text, train_flops_per_token
 from megatron_skywork.plan.parameters import count_parameters
+from megatron_skywork.train.answers import Answers, refuse_differing_copies
 from megatron_skywork.train.evaluate import evaluate
+from megatron_skywork.train.phases import EVALUATION, LOAD, SAVE, Phases
+from megatron_skywork.train.resume import find_start
 from megatron_skywork.train.step import Batch, StepResult, TrainStep
 
 
@@ -38,52 +42,72 @@ class Training:
     Args:
         config: checked settings.
         place: this rank, with process groups built.
+        phases: told what this rank is doing.
 
     Raises:
         CheckpointError, DataError, ConfigError: something does not fit; nothing has been trained.
     """
 
-    def __init__(self, config: Config, place: parallel.Coordinates):
-        self.config, self.place = config, place
+    def __init__(self, config: Config, place: parallel.Coordinates, phases: Phases | None = None):
+        self.config, self.place, self.phases = config, place, phases or Phases()
         self.run_dir = Path(config.run_dir)
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(self.phases.part)
+        self.phases.part("choice of a checkpoint")
+        self.start = find_start(config, place)
         batch = config.train.global_batch_size
         micro_batches = batch // (config.train.micro_batch_size * place.dp_size)
         # megatron-core's schedules read the number of micro-batches of a step from this global.
         destroy_num_microbatches_calculator()
         init_num_microbatches_calculator(place.rank, None, batch, config.train.micro_batch_size, place.dp_size)
+        self.phases.part("model")
         self.chunks = wrap_for_training(config, build_chunks(config))
         self.optimizer = build_optimizer(config, self.chunks)
-        self.state, self.resumed_from = self._restore()
-        self.saver, self.saved_step = Saver(config, verified=self.resumed_from), self.state.step
+        self.phases.part("checkpoint")
+        self.state = self._restore()
+        self._parts: dict[str, HasState] = {}
+        self.saver, self.saved_step = Saver(config, verified=self.start.folder), self.state.step
         self._check_space()
         self.step = TrainStep(config, self.chunks, self.optimizer, micro_batches, self.timer)
-        self.train_loader: Iterator[Batch] = build_train_loader(
-            config, dp_rank=place.dp, dp_size=place.dp_size, consumed_samples=self.state.samples, pin_memory=device.has_gpu()
-        )
+        self.answers = Answers()
+        self.remember("losses", self.step.losses)
+        self.remember("answers", self.answers)
+        self.phases.part("data")
+        self.train_loader = self._open_loader()
         self.valid_loaders = build_valid_loaders(config, dp_rank=place.dp, dp_size=place.dp_size, pin_memory=device.has_gpu())
         self.buffer = MetricBuffer(device.current())
-        self.refused_in_a_row = 0
         self._unrecorded_steps = 0
-        self.writers = open_writers(config, self.run_dir, resume_step=self.state.step if self.resumed_from else None)
+        self.writers = open_writers(config, self.run_dir, resume_step=None if self.start.folder is None else self.state.step)
         self._write_header()
+        if self.start.restart is not None:
+            self.writers.event("restart", 0, reason=self.start.restart)
 
     # ------------------------------------------------------------------------------------------------------------------------ start
 
-    def _restore(self) -> tuple[TrainState, Path | None]:
-        folder, passed_over = newest(self.run_dir)
-        for line in passed_over if self.place.is_first_rank else []:
-            print(f"warning: passed over a damaged checkpoint: {line}", file=sys.stderr, flush=True)
-        if folder is not None and self.config.checkpoint.resume == "none":
-            raise CheckpointError(f"{folder} exists and checkpoint.resume is none; choose another run_dir, remove it, or set checkpoint.resume=auto")
-        if folder is not None:
-            return load(self.config, folder, self.chunks, self.optimizer), folder
-        if passed_over:
-            raise CheckpointError("every checkpoint of this run is damaged; starting from nothing would hide that. Remove the checkpoints folder to do so")
+    def _restore(self) -> TrainState:
+        if self.start.folder is not None:
+            state = load(self.config, self.start.folder, self.chunks, self.optimizer)
+            return replace(state, data=self.start.data, continues=self.start.continues or state.continues)
         if self.config.checkpoint.init_from is not None:
             load_weights(Path(self.config.checkpoint.init_from), self.chunks)
             self.optimizer.reload_model_params()
-        return TrainState(), None
+        return TrainState(data=self.start.data)
+
+    def _open_loader(self) -> Iterator[Batch]:
+        """Micro-batches from where the run stands."""
+        return build_train_loader(
+            self.config, dp_rank=self.place.dp, dp_size=self.place.dp_size, consumed_samples=self.state.samples, pin_memory=device.has_gpu()
+        )
+
+    def remember(self, name: str, part: HasState) -> None:
+        """Save a part's state with the run's from now on, and give it what the checkpoint has of it.
+
+        Args:
+            name: of the part, in state.json under `extras`.
+            part: its state is plain JSON values, the same on every rank.
+        """
+        self._parts[name] = part
+        if name in self.state.extras:
+            part.load_state_dict(self.state.extras[name])
 
     def _check_space(self) -> None:
         """A run that cannot save should hear it before its first step."""
@@ -117,10 +141,12 @@ class Training:
     def train_one_step(self) -> StepResult:
         """Advance by one step; a step whose gradients are not finite changes nothing but the position."""
         number = self.state.step + 1
+        self.phases.step(number)
         with self.timer.phase("step"):
             result = self.step(number, self.train_loader)
         samples = self.config.train.global_batch_size
-        self.state = TrainState(number, self.state.samples + samples, self.state.tokens + samples * self.config.data.seq_length)
+        tokens = self.state.tokens + samples * self.config.data.seq_length
+        self.state = replace(self.state, step=number, samples=self.state.samples + samples, tokens=tokens)
         self._unrecorded_steps += 1
         return result
 
@@ -160,31 +186,55 @@ class Training:
             record["router"] = gather_router_metrics(result.routers, parallel_state.get_pipeline_model_parallel_group())
         self.writers.step(record)
 
-    def refuse_nonfinite(self, result: StepResult) -> None:
-        """Count steps in a row that had to be refused, and stop the run when they are too many. fp16's loss scale looks for its level that way, and may.
+    def answer(self, result: StepResult) -> bool:
+        """Do what the settings say about a step whose numbers are wrong, see `answers.py`.
+
+        Returns:
+            whether the run went back to a checkpoint, whose step is then the last one that was done.
 
         Raises:
-            TrainingError: the limit is reached.
+            TrainingError: copies of parameters differ, or too many steps in a row were not finite.
         """
-        self.refused_in_a_row = 0 if result.applied or self.config.train.precision == "fp16" else self.refused_in_a_row + 1
-        limit = self.config.train.max_nonfinite_steps
-        if self.refused_in_a_row >= limit:
-            raise TrainingError(
-                f"{limit} steps in a row, up to step {self.state.step}, had a loss or gradient that is not finite "
-                f"(gradient norm {result.grad_norm}); none was applied. "
-                "Lower optim.lr, look at the data of these steps, or raise train.max_nonfinite_steps"
-            )
+        if result.verdict.num_differing:
+            refuse_differing_copies(self, self.step.replicas)
+        self.answers.nonfinite(self, result)
+        if result.verdict.spike is None:
+            return False
+        with self.phases.during(LOAD, self.state.step):
+            return self.answers.spike(self, result.verdict.spike)
+
+    def go_back(self, folder: Path) -> TrainState:
+        """Take up a checkpoint again, in this process, but go on in the data from where the run stands.
+
+        Returns:
+            what the checkpoint says.
+        """
+        with parameters_gathered(self.chunks):
+            saved = load(self.config, folder, self.chunks, self.optimizer)
+        for name, part in self._parts.items():
+            if name in saved.extras:
+                part.load_state_dict(saved.extras[name])
+        self.state, self.saved_step = replace(self.state, step=saved.step), saved.step
+        self.train_loader = self._open_loader()
+        self.timer.take()
+        self._unrecorded_steps = 0
+        # What was recorded after the checkpoint did not happen, as on a resume.
+        self.writers.close()
+        self.writers = open_writers(self.config, self.run_dir, resume_step=saved.step)
+        self._write_header()
+        return saved
 
     def evaluate(self) -> None:
         """Loss on every validation set, and what routers and experts have to say, written."""
         if self.valid_loaders:
-            self.writers.evaluation({"step": self.state.step, **evaluate(self.config, self.chunks, self.valid_loaders)})
+            with self.phases.during(EVALUATION, self.state.step):
+                record = evaluate(self.config, self.chunks, self.valid_loaders)
+            self.writers.evaluation({"step": self.state.step, **record})
 
     def save(self) -> None:
         """Begin a checkpoint of this step, as soon as the one before is on the disk."""
         self.settle_save(wait=True)
-        with parameters_gathered(self.chunks):
-            self.saver.begin(self.state, self.chunks, self.optimizer)
+        self._begin_save(read_back=True)
         self.settle_save(wait=not self.config.checkpoint.background)
 
     def save_last(self, in_a_hurry: bool) -> None:
@@ -196,9 +246,19 @@ class Training:
         Raises:
             CheckpointError: on every rank, whatever checkpoint.on_save_error says: an end that is not saved must not look like one that is.
         """
-        with parameters_gathered(self.chunks):
-            self.saver.begin(self.state, self.chunks, self.optimizer, read_back=not in_a_hurry)
+        self._begin_save(read_back=not in_a_hurry)
         self.settle_save(wait=True, must_succeed=True)
+
+    def _begin_save(self, read_back: bool) -> None:
+        with self.phases.during(SAVE, self.state.step), parameters_gathered(self.chunks):
+            if self.config.train.check_replicas and self.step.replicas.are_any_differing():
+                refuse_differing_copies(self, self.step.replicas)
+            self.saver.begin(self._position(), self.chunks, self.optimizer, read_back=read_back)
+
+    def _position(self) -> TrainState:
+        """How far the run has come, with the state of the parts that asked to be remembered."""
+        self.state = replace(self.state, extras={name: part.state_dict() for name, part in self._parts.items()})
+        return self.state
 
     def settle_save(self, wait: bool = False, must_succeed: bool = False) -> None:
         """Record how a save ended, if one did since the last call.
@@ -206,7 +266,8 @@ class Training:
         Raises:
             CheckpointError: on every rank, for a save that failed on any, unless it may (checkpoint.on_save_error=continue).
         """
-        outcome = self.saver.wait() if wait else self.saver.poll()
+        with self.phases.during(SAVE, self.state.step) if wait else contextlib.nullcontext():
+            outcome = self.saver.wait() if wait else self.saver.poll()
         if outcome is None:
             return
         if outcome.warning is not None and self.place.is_first_rank:

@@ -34,8 +34,9 @@ def steps_of_both(settings: dict[str, Any]) -> dict[str, Any]:
         if whose != "ours":
             optimizer = training.optimizer
 
-            def theirs(optimizer: Any = optimizer) -> tuple[bool, float]:
+            def theirs(numbers: torch.Tensor, accepts: Any, optimizer: Any = optimizer) -> tuple[bool, float]:
                 applied, norm, _ = optimizer.step()
+                accepts(norm, numbers.tolist())
                 optimizer.zero_grad()
                 return bool(applied), norm
 
@@ -97,7 +98,8 @@ def test_bf16_moments_resume_exactly_and_change_type_on_the_way(ranks: RankPool,
 
     # Read as bf16 or fp32, by two ranks or by one: the state that is saved again is the state that was saved, except for what was saved finer.
     for name, world_size, moments in (("wider", 2, "fp32"), ("one", 1, "bf16")):
-        found = ranks.run(world_size, saved_again, merged(settings, {"run_dir": str(tmp_path / name), "optim": {"moments": moments}}))
+        more = {"run_dir": str(tmp_path / name), "optim": {"moments": moments}, "resume": {"allow_change": ["optim.moments"]}}
+        found = ranks.run(world_size, saved_again, merged(settings, more))
         again = item_digests(Path(found[0]))
         assert {key: value for key, value in again.items() if "optimizer" in key} == {key: value for key, value in before.items() if "optimizer" in key}
 
@@ -157,9 +159,9 @@ def overlapping_run(settings: dict[str, Any]) -> list[str]:
         calls.append("schedule")
         return run_schedule(*args, **kwargs)
 
-    def updated() -> tuple[bool, float]:
+    def updated(*args: Any) -> tuple[bool, float]:
         calls.append("update")
-        outcome = update()
+        outcome = update(*args)
         calls.append("updated")
         return outcome
 

@@ -29,6 +29,7 @@ def take(run_dir: str, variables: dict[str, str], stale_seconds: float) -> str:
     lock = RunLock(Path(run_dir), torch.distributed.get_rank() == 0)
     try:
         lock.take()
+        lock.agree()
     except (CheckpointError, ConfigError) as refusal:
         return f"{type(refusal).__name__}: {refusal}"
     finally:

@@ -1,4 +1,4 @@
-"""The host never waits for the GPU inside an MoE layer without expert parallelism: not while routing, dropping, dispatching or computing experts."""
+"""The host never waits for the GPU inside an MoE layer without expert parallelism (routing, dropping, dispatching, experts), nor for hashes of parameters."""
 
 from __future__ import annotations
 
@@ -42,3 +42,16 @@ def layer_without_waits(settings: dict[str, Any]) -> bool:
 def test_an_moe_layer_does_not_wait(ranks: RankPool, tmp_path: Any, moe: dict[str, Any]) -> None:
     settings = merged(BASE, {"run_dir": str(tmp_path), "train": {"precision": "bf16"}, "moe": moe})
     assert ranks.run(1, layer_without_waits, settings) == [True]
+
+
+def test_hashing_a_parameter_does_not_wait_and_agrees_with_a_cpu() -> None:
+    import torch
+
+    from megatron_skywork.train.replicas import checksum, odd_weights
+
+    tensor = torch.randn(3000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    here, weights = tensor.to(device.current()), odd_weights(1024, device.current())
+    checksum(here, weights)
+    with device.waits_forbidden():
+        found = checksum(here, weights)
+    assert int(found) == int(checksum(tensor, odd_weights(1024, tensor.device)))

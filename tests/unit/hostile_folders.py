@@ -9,6 +9,7 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,9 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-@pytest.fixture
-def no_hang_and_no_flood() -> Iterator[None]:
-    """A test that takes long is interrupted, one that touched much memory fails, and one that reserves very much is refused it before the machine suffers."""
+@contextmanager
+def bounded() -> Iterator[None]:
+    """What takes long is interrupted, what touched much memory fails, and what reserves very much is refused it before the machine suffers."""
 
     def stop(number: int, frame: Any) -> None:
         raise AssertionError(f"took more than {SECONDS} s")
@@ -56,10 +57,20 @@ def no_hang_and_no_flood() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (reserved + RESERVED_BYTES, limits[1]))
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert peak_megabytes() - before < MEGABYTES
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    touched = peak_megabytes() - before
+    assert touched < MEGABYTES, f"touched {touched:.0f} MB"
+
+
+@pytest.fixture
+def no_hang_and_no_flood() -> Iterator[None]:
+    """The bounds around a whole test."""
+    with bounded():
+        yield
 
 
 def use(folder: Path) -> torch.Tensor:
@@ -78,9 +89,8 @@ def refused(folder: Path) -> str:
     return text
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    at = tmp_path_factory.mktemp("originals")
+def make_originals(at: Path) -> dict[str, Path]:
+    """A folder of each kind, whole and read once."""
     tensors = random_tensors(MODEL, MOE)
     dense = random_tensors(MODEL, None)
     folders = {
@@ -95,6 +105,11 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for folder in folders.values():
         use(folder)
     return folders
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_originals(tmp_path_factory.mktemp("originals"))
 
 
 @pytest.fixture

@@ -57,6 +57,13 @@ def test_dry_run_as_json():
     assert plan["batch"]["micro_batches"] * 2 * plan["batch"]["micro_batch_size"] == plan["batch"]["sequences_per_step"]
 
 
+def test_check_replicas_is_a_setting():
+    result = run("--config", TINY, "--dry-run", "--json", "--world-size=2", "--check-replicas", "50", "parallel.ep=2")
+    assert json.loads(result.stdout)["config"]["train"]["check_replicas"] == 50
+    result = run("--config", TINY, "--dry-run", "--world-size=2", "--check-replicas=-1", "parallel.ep=2")
+    assert result.returncode == 2 and "train.check_replicas=-1" in result.stderr
+
+
 def test_dry_run_says_what_is_recomputed():
     per_stage = ("parallel.recompute=full", "parallel.recompute_layers=[0,1,1,0]", "parallel.pp=2", "parallel.vpp=2", "--world-size=2")
     text = run("--config", TINY, "--dry-run", *per_stage).stdout

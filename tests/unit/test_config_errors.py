@@ -111,6 +111,10 @@ WRONG = [
     ("moe.adaptive.enabled=true", None, "moe.adaptive.enabled=true", "set capacity_factor"),
     ("model.num_attention_heads=5", None, "model.num_attention_heads=5", "set head_dim"),
     ("optim.min_lr=1.0", None, "optim.min_lr=1.0", "above lr"),
+    ("spikes.minimum_steps=200", None, "spikes.minimum_steps=200", "above window=128"),
+    ("spikes.policy=rewnd", None, 'spikes.policy="rewnd"', "did you mean rewind?"),
+    ("train.check_replicas=10", 1, "train.check_replicas=10", "no parameter has a second copy"),
+    ("train.check_replicas=10 parallel.pp=4", 4, "train.check_replicas=10", "no parameter has a second copy"),
     ("moe.pad_to_capacity=true moe.capacity_factor=1.0 moe.dispatcher=allgather", None, "moe.pad_to_capacity=true", "dispatcher=alltoall"),
     ("moe.pad_to_capacity=true", None, "moe.pad_to_capacity=true needs capacity_factor", "set it (1.1 is a start)"),
     ("moe.capacity_factor=0", None, "moe.capacity_factor=0", "a number above 0"),
@@ -280,7 +284,7 @@ def test_wrong_setting(base, overrides, world_size, start, advice):
     assert problems[0].startswith(start) and advice in problems[0], problems
 
 
-@pytest.mark.parametrize(("content", "expected"), [
+WRONG_FILES = [
     (b"", "the file is empty"),
     (b"# only a comment\n", "the file is empty"),
     (b"- a\n- b\n", "the file holds a list, not sections"),
@@ -293,7 +297,10 @@ def test_wrong_setting(base, overrides, world_size, start, advice):
     (b"model.num_layers: 4\n" + BASE.encode(), "in a file a section is nested; write model: and below it, indented, num_layers:"),
     (BASE.replace("train: {steps: 10, global_batch_size: 8}", "").encode(), "train is not set, and it is required: a section with at least steps, global"),
     (BASE.replace("hidden_size: 64, ", "").encode(), "model.hidden_size is not set, and it is required: a whole number above 0"),
-])
+]
+
+
+@pytest.mark.parametrize(("content", "expected"), WRONG_FILES)
 def test_wrong_file(tmp_path, content, expected):
     path = tmp_path / "x.yaml"
     path.write_bytes(content)

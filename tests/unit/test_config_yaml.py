@@ -26,7 +26,7 @@ def test_what_a_scalar_means(text, value):
     assert found == value and type(found) is type(value)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
+REFUSED = [
     ("a: 1\nb: 010\n", "x.yaml:2: b=010 would be an octal number"),
     ("a: 1\nb: -0_7\n", "write -7"),
     ("a:\n  b: 12:30:00\n", "x.yaml:2: a.b=12:30:00 would be a base-60 number"),
@@ -48,7 +48,10 @@ def test_what_a_scalar_means(text, value):
     ("a: " + "[" * 5000 + "]" * 5000 + "\n", "nested deeper than"),
     ("a: " + "9" * 5000 + "\n", "64 bits"),
     ("a: \x07\n", "not readable as YAML"),
-])
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), REFUSED)
 def test_what_is_refused(text, expected):
     problems = read_yaml(text, "x.yaml").problems
     assert len(problems) == 1 and expected in problems[0], problems

@@ -48,7 +48,10 @@ def test_truncated_at_many_places(copies: dict[str, Path]):
     assert "model.safetensors" in refused(copies["hf"])
 
 
-@pytest.mark.parametrize("length", [0, 1, 1 << 20, (1 << 63) - 1, 1 << 63, (1 << 64) - 1], ids=str)
+HEADER_LENGTHS = [0, 1, 1 << 20, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+
+
+@pytest.mark.parametrize("length", HEADER_LENGTHS, ids=str)
 def test_header_lengths(copies: dict[str, Path], length: int):
     path = copies["hf"] / "model.safetensors"
     header, data = parts_of(path)
@@ -56,8 +59,11 @@ def test_header_lengths(copies: dict[str, Path], length: int):
     assert "model.safetensors" in refused(copies["hf"])
 
 
-@pytest.mark.parametrize("text", [
-    b"not json", b"[]", b"3", b'"a"', b"{", b"[" * 200_000, b"\xff\xfe", b"{}", b'{"a": 3}', b'{"a": {"dtype": "F32"}}'], ids=repr)  # fmt: skip
+HEADERS = [
+    b"not json", b"[]", b"3", b'"a"', b"{", b"[" * 200_000, b"\xff\xfe", b"{}", b'{"a": 3}', b'{"a": {"dtype": "F32"}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HEADERS, ids=repr)
 def test_headers_that_are_none(copies: dict[str, Path], text: bytes):
     path = copies["hf"] / "model.safetensors"
     put_together(path, text, parts_of(path)[1])
@@ -109,9 +115,12 @@ def test_a_name_given_twice(copies: dict[str, Path]):
 # ----------------------------------------------------------------------------------------------------------------------- index and links
 
 
-@pytest.mark.parametrize("name", [
+INDEX_NAMES = [
     "../model.safetensors", "/etc/passwd", "a/../../b", "", ".", "..", "\0", 3, None, ["a"], {"a": 1}, "C:\\x", "\\\\host\\x",
-    "a" * 5000, "a/" * 5000, "\ud800"])  # fmt: skip
+    "a" * 5000, "a/" * 5000, "\ud800"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INDEX_NAMES)
 def test_index_names(copies: dict[str, Path], name: object):
     path = copies["sharded"] / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -120,9 +129,12 @@ def test_index_names(copies: dict[str, Path], name: object):
     refused(copies["sharded"])
 
 
-@pytest.mark.parametrize("text", [
+INDEX_FILES = [
     "", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": 3}', "[" * 200_000, "[" * 100 + "]" * 100,
-    '{"weight_map": {"a": "b"}}', "\x00"])  # fmt: skip
+    '{"weight_map": {"a": "b"}}', "\x00"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", INDEX_FILES)
 def test_index_files(copies: dict[str, Path], text: str):
     (copies["sharded"] / "model.safetensors.index.json").write_text(text)
     refused(copies["sharded"])
@@ -261,6 +273,9 @@ def test_control_characters_of_names_are_not_printed(copies: dict[str, Path]):
     put_together(path, header, data)
     text = refused(copies["hf"])
     assert "\x1b" not in text and "\\x1b[2J\\x07" in text
+    header["a" * 100_000] = header.pop("\x1b[2J\x07")
+    put_together(path, header, data)
+    refused(copies["hf"])
     index = copies["sharded"] / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["\ud800"] = content["weight_map"][NAME]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hostile_folders import forget_peak, peak_megabytes
 
 from megatron_skywork.data import documents
 from megatron_skywork.data.documents import BadLine, expand_inputs, parse_line, read_blocks
@@ -85,11 +86,14 @@ def test_a_line_and_its_document() -> None:
     assert parse_line(b" \t\r", "text") is None
 
 
-@pytest.mark.parametrize(("line", "reason"), [
+BAD_LINES = [
     (b'{"text": "a"', "invalid JSON"), (b'{"text": "\xff"}', "invalid UTF-8 at byte 10"), (b'["a"]', "expected a JSON object, found list"),
     (b'{"body": "a"}', "no field 'text'; the line has 'body'"), (b"{}", "the line has none"), (b'{"text": null}', "not a text but NoneType"),
     (b'{"text": "\\ud800"}', "half a surrogate pair"), (b"[" * 200_000, "nested too deeply"), (b'{"text": ' + b"1" * 9999 + b"}", "invalid JSON"),
-    ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8|NUL"), (b'{"text": "a\0b"}', "NUL at byte 11"), (b"\0" * 99, "NUL at byte 0 .*a hole")])
+    ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8|NUL"), (b'{"text": "a\0b"}', "NUL at byte 11"), (b"\0" * 99, "NUL at byte 0 .*a hole")]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
 def test_a_bad_line_says_why(line: bytes, reason: str) -> None:
     with pytest.raises(BadLine, match=reason):
         parse_line(line, "text")
@@ -115,6 +119,17 @@ def test_a_line_that_is_too_long_is_told_by_its_length_and_never_held(tmp_path: 
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     assert kind != "jsonl" or peak < 2_000_000
+
+
+@pytest.mark.parametrize(("kind", "content"), [("gz", b"x" * (100 << 20)), ("zst", b"x" * (100 << 20)), ("zst", b"\n" * (16 << 20))], ids=range(3))
+def test_a_small_file_that_unpacks_to_much_is_never_held(tmp_path: Path, kind: str, content: bytes) -> None:
+    """zstandard would give all of these in one call, from a few kilobytes; and a list of empty lines is eight times as large as they are."""
+    pack = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}[kind]
+    path = written(tmp_path / f"bomb.{kind}", pack(content))
+    forget_peak()
+    before = peak_megabytes()
+    assert sum(len(block.lines) for block in read_blocks(str(path), max_line_bytes=1000)) in (1, 16 << 20)
+    assert peak_megabytes() - before < 60
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

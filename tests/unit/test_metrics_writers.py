@@ -362,3 +362,18 @@ def test_a_missing_wandb_is_one_warning(tmp_path: Path):
     (tmp_path / "hidden" / "wandb.py").write_text("raise ImportError('no wandb here')")
     result = run_with_wandb(tmp_path / "run", "offline", PYTHONPATH=os.pathsep.join([str(tmp_path / "hidden"), str(ROOT)]))
     assert result.returncode == 0 and "pip install" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("end", "code"), [("os._exit(9)", "9"), ("os.kill(os.getpid(), 9)", "-9")])
+def test_a_helper_that_dies_without_a_word_is_one_warning(tmp_path: Path, end: str, code: str):
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "wandb.py").write_text(f"import os\n{end}\n")
+    result = run_with_wandb(tmp_path / "run", "offline", PYTHONPATH=os.pathsep.join([str(tmp_path / "hidden"), str(ROOT)]))
+    assert result.returncode == 0 and f"died (exit code {code})" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_wandb_that_exits_is_one_warning(tmp_path: Path):
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "wandb.py").write_text("import sys\nsys.exit('not today')\n")
+    result = run_with_wandb(tmp_path / "run", "offline", PYTHONPATH=os.pathsep.join([str(tmp_path / "hidden"), str(ROOT)]))
+    assert result.returncode == 0 and "SystemExit: not today" in result.stderr and len(result.stderr.splitlines()) == 1

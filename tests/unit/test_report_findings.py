@@ -58,6 +58,23 @@ def test_findings_of_trouble(tmp_path: Path):
         assert found(folder, pattern) == "warn", pattern
 
 
+def test_findings_of_wrong_numbers(tmp_path: Path):
+    spike = {"loss": 9.0, "median": 2.5, "score": 30.0, "samples": [160, 167]}
+    suspect = {"rank": 5, "host": "node2", "outvoted": True, "num_tensors": 1, "first": ["norm"]}
+    events = [
+        {"event": "nonfinite", "step": 3, "samples": [16, 23], "what": ["loss"], "ranks": [7, 2], "sources": []},
+        {"event": "nonfinite", "step": 4, "samples": [24, 31], "what": ["loss"], "ranks": [7], "sources": []},
+        {"event": "spike", "step": 12, **spike, "loss": 4.0, "score": 8.0, "answer": "its update was left out"},
+        {"event": "rewind", "step": 16, "folder": "x", "passed_over": [128, 167], "spike": {"step": 21, **spike}, "number": 1},
+        {"event": "replicas", "step": 40, "suspects": [suspect, {**suspect, "rank": 1, "outvoted": False}]},
+    ]
+    folder = write_run(tmp_path, [step_record(step) for step in range(1, 41)] + [{"kind": "event", **event} for event in events])
+    assert found(folder, r"not finite came from rank 7 in 2 steps, and from 1 other rank no more often") == "warn"
+    assert found(folder, r"spiked at 2 steps: 12 and 21; most at step 21, to 9\.000 from a median of 2\.500\. Updates left out: 1\.") == "warn"
+    assert found(folder, r"After the spike of step 21 the run went back to step 16, and passed over samples 128 to 167\.") == "note"
+    assert found(folder, r"Copies of parameters differed at step 40: rank 5 on node2\.") == "warn"
+
+
 def test_dead_experts_are_not_also_starved(tmp_path: Path):
     folder = write_run(tmp_path, [step_record(1, router={**ROUTER, "load": [[0.5, 0.5, 0.0, 0.0], [0.4, 0.3, 0.3, 0.0]]})])
     assert found(folder, r"^3 dead experts of 8: expert 2 of layer 1 \(0 %, from the start\), expert 3 of layer 1 .* receive less than 1 %") == "warn"

@@ -100,6 +100,7 @@ def test_what_is_no_tokenizer_is_named(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "config.json").write_text('{"hidden_size": 4}')
     (tmp_path / "broken.json").write_text('{"model": ')
+    (tmp_path / "deep.json").write_text("[" * 200_000)
     (tmp_path / "odd.json").write_text('{"model": {"type": "Nonsense"}}')
     (tmp_path / "broken.model").write_bytes(b"not a model")
     (tmp_path / "empty.model").write_bytes(b"")
@@ -109,7 +110,8 @@ def test_what_is_no_tokenizer_is_named(bpe: Path, tmp_path: Path) -> None:
     shutil.copy(bpe / "tokenizer.json", foreign)
     (foreign / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
     expected = {
-        "nowhere": "no such file", "empty": "holds neither", "config.json": "has no `model`", "broken.json": "not valid JSON", "odd.json": "cannot read it",
+        "nowhere": "no such file", "empty": "holds neither", "config.json": "has no `model`", "broken.json": "not valid JSON",
+        "deep.json": "not valid JSON", "odd.json": "cannot read it",
         "broken.model": "not a sentencepiece model", "empty.model": "not a sentencepiece model", "vocab.txt": "ends in neither",
         "foreign": "do not belong together"}
     for name, reason in expected.items():

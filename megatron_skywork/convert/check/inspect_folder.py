@@ -32,6 +32,7 @@ _STATE = (
     (re.compile(r".*\.router\.aux_coefficient"), "adaptive coefficients"),
     (re.compile(r".*\.router\..*"), "other router state"),
     (re.compile(r"rng(_state)?(/.*)?"), "random states"),
+    (re.compile(r"probe(/.*)?"), "routing of the last evaluation"),
 )
 _CHUNK_NUMBERS = 1 << 22
 # The tensors of some of the experts' parts, one after another: (weight, numbers of the parts).

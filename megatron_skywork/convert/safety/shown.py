@@ -19,6 +19,11 @@ def shown(value: Any) -> str:
     return _brief.repr(value)
 
 
+def brief(name: str) -> str:
+    """A name from a file, or of a very long one its beginning."""
+    return name if len(name) <= 300 else f"{name[:300]}... ({len(name)} characters)"
+
+
 def first_lines(lines: Sequence[str], limit: int = SHOWN_LINES) -> list[str]:
     """At most `limit` lines, and how many more there are: a folder can be wrong in a million places, and its message is read by a person."""
     more = len(lines) - limit
