@@ -1,5 +1,5 @@
-"""A conversion that is killed, or whose disk is full or broken, at every single call that it makes to the file system: the output is absent or whole, and the same
-command finishes it, to the byte."""
+"""A conversion that is killed, or whose disk is full or broken, at every single call that it makes to the file system: the output is absent or whole, and the
+same command finishes it, to the byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What children of the warm process do in the faults of conversions: a small dense model becomes a folder of ours, and a naive converter that must be caught."""
+"""What children of the warm process do in the faults of conversions: a small dense model becomes a folder of ours; and a naive converter, to be caught."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from warm import wait_for_tracer
 
-FILE_BYTES = 8000  # a few files of weights
+FILE_BYTES = 12000  # a few files of weights
 
 
 def make_dense(folder: Path, seed: int = 0) -> None:

@@ -27,7 +27,6 @@ Damage = tuple[str, Path, bytes | None]
 def train_as_rank(settings: dict[str, Any], rank: int, world_size: int, meet: str) -> None:
     """One rank of the run whose checkpoints are damaged."""
     import torch
-
     from run_bodies import undisturbed
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world_size)

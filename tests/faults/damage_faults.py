@@ -1,5 +1,5 @@
-"""Checkpoints that are damaged after they were written: files cut off, bits flipped, shards swapped, manifests mutated. What is damaged is never loaded; a start
-takes the folder before it."""
+"""Checkpoints that are damaged after they were written: files cut off, bits flipped, shards swapped, manifests mutated. What is damaged is never loaded; a
+start takes the folder before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def of_training(body: str, world_size: int = 1) -> Callable[[Path, bool], Outcom
     def injected(folder: Path, short: bool) -> Outcome:
         with in_memory(folder) as place:
             settings = merged(SETTINGS, {"run_dir": str(place / "run"), "train": {"steps": 2}, "checkpoint": {"keep": 2}})
-            children = [warm().start("damage_bodies:train_as_rank", settings, rank, world_size, str(place / "meet"), folder=place) for rank in range(world_size)]
+            job = (world_size, str(place / "meet"))
+            children = [warm().start("damage_bodies:train_as_rank", settings, rank, *job, folder=place) for rank in range(world_size)]
             if [warm().ended(child) for child in children] != [0] * world_size:
                 raise RuntimeError(f"no checkpoint to damage: {children[0].said.read_text()[-1000:]}")
             return _outcome(warm().run(f"damage_bodies:{body}", str(place / "run"), short, folder=place))

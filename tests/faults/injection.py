@@ -1,5 +1,5 @@
-"""Faults of the kernel at one chosen call: strace makes it fail, or kills the process there. A call is named by what it is about, not by a count of all calls, so that
-the same one is met again in another process: the third `write` on `checkpoints/.step_00000002.partial/__0_0.distcp`.
+"""Faults of the kernel at one chosen call: strace makes it fail, or kills the process there. A call is named by what it is about, not by a count of all calls,
+so that the same one is met again in another process: the third `write` on `checkpoints/.step_00000002.partial/__0_0.distcp`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from warm import Child, warm
 
 _STEPS = 12
 _KILLS, _KILLS_SHORT = 110, 5
-_KILLS_OF_A_RUN = 10
+_OFTEN = 5
 _SETTINGS = {"train": {"steps": _STEPS}, "checkpoint": {"every": 2, "keep": 2}}
 # Where a process is killed, as `die_at` of run_bodies.py takes it, and at the how-many-th time at most; only a resumed run comes to the last ones.
 _STEP = [("megatron_skywork.train.step:forward_step", 20), ("megatron_skywork.train.training:Training.log", 10),
@@ -42,7 +43,8 @@ def _aims(draw: random.Random) -> Iterator[list[Aim]]:
     steps, saves, starts = ([_shuffled(places, draw) for places in (_STEP, _SAVE, _START)][kind] for kind in range(3))
     while True:
         chosen = [next(saves), None, next(starts), next(steps), next(starts), None, next(saves), next(saves), None, next(steps)]
-        yield [None if aim is None else (aim[0], draw.randint(1, aim[1])) for aim in chosen]
+        # The first kill is late enough for a checkpoint to be there, so that all others find something to go on from.
+        yield [None if aim is None else (aim[0], draw.randint(1 if number else aim[1] // 2 + 1, aim[1])) for number, aim in enumerate(chosen)]
 
 
 def _shuffled(places: list[tuple[str, int]], draw: random.Random) -> Iterator[tuple[str, int]]:
@@ -59,18 +61,20 @@ def killed(start: Callable[[Path, Aim], Child], wrong: Callable[[Path], str | No
     """
     outcome, draw, number = Outcome(), random.Random(0), 0
     span = _seconds(start, place)
-    kinds = {"aimed": 0, "random": 0}
+    kinds, offered, reached = {"aimed": 0, "random": 0}, Counter[str](), set[str]()
     while outcome.tried < wanted:
         number += 1
         root, done, code = place / f"run-{number}", list[str](), 0
         for aim in next(aims)[: wanted - outcome.tried]:
             child = start(root, aim)
+            offered.update([aim[0]] if aim else [])
             if aim is None:
                 time.sleep(draw.uniform(0, span))
                 child.kill()
             code = warm().ended(child) or 0
             if code == -signal.SIGKILL:
                 kinds["random" if aim is None else "aimed"] += 1
+                reached.update([aim[0]] if aim else [])
                 done.append("random" if aim is None else "{} ({})".format(*aim))
             else:  # it was faster than the kill, or cannot go on
                 break
@@ -83,6 +87,7 @@ def killed(start: Callable[[Path, Aim], Child], wrong: Callable[[Path], str | No
         shutil.rmtree(root, ignore_errors=True)
         if number > 4 * wanted:
             raise RuntimeError("the runs are faster than the kills")
+    outcome.lost += [f"no process came to {name}" for name, count in offered.items() if count >= _OFTEN and name not in reached]
     outcome.note = f"{kinds['aimed']} aimed, {kinds['random']} at random times, over {number} runs"
     return outcome
 

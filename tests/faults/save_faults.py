@@ -23,7 +23,9 @@ _WORKERS = 2
 Check = Callable[[Path, str, Ended, Path], str | None]
 
 
-def everywhere(folder: Path, how: str, count: int | None, body: str, args: Callable[[Path], list[Any]], check: Check, template: Path, about: str = "") -> Outcome:
+def everywhere(
+    folder: Path, how: str, count: int | None, body: str, args: Callable[[Path], list[Any]], check: Check, template: Path, about: str = ""
+) -> Outcome:
     """Do one of HOW at every call of `body`, each time in a fresh copy of `template`.
 
     Args:
