@@ -13,13 +13,13 @@ from megatron_skywork import device
 
 device.prepare()
 
-from ranks import RankPool  # noqa: E402
+from ranks import RankPool, shared_pool  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Up to four processes that run a function as ranks of a job; they are started once for all tests."""
-    pool = RankPool(4)
+    pool = shared_pool()
     yield pool
     pool.close()
 

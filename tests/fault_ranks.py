@@ -149,6 +149,7 @@ def act(action: str, seconds: float) -> None:
 def put(fault: list, run_dir: Path, rank: int) -> None:
     """Have this rank meet the fault, once."""
     from megatron_skywork import parallel
+    from megatron_skywork.checkpoint.save import Saver
     from megatron_skywork.train import training
     from megatron_skywork.train.step import TrainStep
 
@@ -156,7 +157,7 @@ def put(fault: list, run_dir: Path, rank: int) -> None:
     owner, name = {
         "groups": (parallel, "start"), "model": (training, "build_chunks"), "data": (training, "build_train_loader"),
         "first step": (TrainStep, "__call__"), "step": (TrainStep, "__call__"),
-        "evaluation": (training, "evaluate"), "save": (training.checkpoint, "save"), "end": (parallel, "stop"),
+        "evaluation": (training, "evaluate"), "save": (Saver, "begin"), "end": (parallel, "stop"),
     }[point]  # fmt: skip
     original, calls = getattr(owner, name), []
 

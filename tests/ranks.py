@@ -6,8 +6,10 @@ function would run under NCCL, since it asks megatron_skywork.device for everyth
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import datetime
+import functools
 import gc
 import multiprocessing
 import os
@@ -86,6 +88,14 @@ class RankPool:
             process.kill()
             process.join()
         self._processes = []
+
+
+@functools.cache
+def shared_pool() -> RankPool:
+    """The one of this process: four ranks, started when they are first asked for."""
+    pool = RankPool(4)
+    atexit.register(pool.close)
+    return pool
 
 
 def _skip_without_devices(world_size: int) -> None:

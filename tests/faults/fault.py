@@ -51,12 +51,14 @@ class Fault:
         inject: given an empty folder and whether to be short (a sample of the injections, for every test run), does it and counts.
         is_control: the same done to a naive writer: here losses are wanted, and none is a failure of the suite.
         needs: a program the fault cannot do without, such as strace.
+        in_short: whether a sample of it belongs to every test run; false for what has to wait long for each injection.
     """
 
     name: str
     inject: Callable[[Path, bool], Outcome]
     is_control: bool = False
     needs: str | None = None
+    in_short: bool = True
 
 
 def passed(fault: Fault, outcome: Outcome) -> bool:

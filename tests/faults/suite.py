@@ -81,6 +81,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that are started here
     faults = [fault for fault in all_faults() if arguments.only is None or arguments.only in fault.name]
+    faults = [fault for fault in faults if fault.in_short or not arguments.short]
     if not faults:
         parser.error(f"--only {arguments.only}: no fault has that word; --list shows all")
     if arguments.list:

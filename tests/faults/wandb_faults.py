@@ -135,7 +135,9 @@ def _run(folder: Path, mode: str, close_seconds: float, **environment: str) -> s
     run_dir = folder / "run"
     command = [sys.executable, "-c", RUN, make_config(wandb=mode).model_dump_json(), str(run_dir), str(close_seconds), str(STEPS)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "RANK"))}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "HOME": str(folder), "no_proxy": "*", **environment}
+    # The package reports its own errors to its makers; nothing of this may leave the machine.
+    ours = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "no_proxy": "*", "WANDB_ERROR_REPORTING": "false"}
+    environment = {**inherited, **ours, **environment}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         said = process.communicate(timeout=PATIENCE_SECONDS)[1]

@@ -336,7 +336,8 @@ print("run is done")
 def run_with_wandb(folder: Path, mode: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WANDB_RUN, make_config(wandb=mode).model_dump_json(), str(folder)]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    return subprocess.run(command, env={**inherited, "PYTHONPATH": str(ROOT), "HOME": str(folder), **environment}, capture_output=True, text=True, timeout=300)
+    ours = {"PYTHONPATH": str(ROOT), "HOME": str(folder), "WANDB_ERROR_REPORTING": "false"}  # it would report its errors to its makers
+    return subprocess.run(command, env={**inherited, **ours, **environment}, capture_output=True, text=True, timeout=300)
 
 
 def test_an_unreachable_wandb_is_one_warning(tmp_path: Path):
