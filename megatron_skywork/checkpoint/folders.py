@@ -63,8 +63,11 @@ def retain(run_dir: Path, keep: int, saved: Path, verified: Collection[Path]) ->
 
     Returns:
         what was removed.
+
+    Raises:
+        OSError: something could not be removed, or not even looked at, and then nothing was.
     """
-    whole = [folder for folder in complete_folders(run_dir) if folder.name <= saved.name and _has_its_files(folder)]
+    whole = [folder for folder in complete_folders(run_dir) if folder == saved or (folder.name < saved.name and _has_its_files(folder))]
     known_good = [folder for folder in whole if folder.resolve() in verified]
     removed = [folder for folder in step_folders(run_dir) if folder not in whole[-keep:] + known_good[-1:]]
     for folder in removed:
@@ -77,6 +80,8 @@ def retain(run_dir: Path, keep: int, saved: Path, verified: Collection[Path]) ->
 def _has_its_files(folder: Path) -> bool:
     try:
         check_marker(folder)
-    except CheckpointError:
+    except CheckpointError as damage:
+        if isinstance(damage.__cause__, OSError):  # a disk that cannot be read now says nothing of what lies there
+            raise damage.__cause__ from None
         return False
     return True

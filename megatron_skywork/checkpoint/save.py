@@ -164,9 +164,9 @@ class Saver:
 
     def _open_staging(self, folder: Path, index: Any) -> None:
         """An empty folder to write into, if the disk has room for what comes."""
-        clear_leftovers(self._run_dir)
-        check_space_for_save(folder, tensor_bytes(index))
         try:
+            clear_leftovers(self._run_dir)
+            check_space_for_save(folder, tensor_bytes(index))
             is_new = not folder.parent.is_dir()
             staging_of(folder).mkdir(parents=True)
             if is_new:

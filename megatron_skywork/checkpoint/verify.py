@@ -77,5 +77,7 @@ def _recorded(folder: Path) -> tuple[dict[str, tuple[int, str]], str | None]:
         print(f"{folder} was written without a {MANIFEST}: the sizes of its files were compared, not their contents", file=sys.stderr, flush=True)
         return {}, None
     hashes, problems = recorded_hashes(folder)
+    if not problems and (not_in_both := sorted({*hashes, MANIFEST} ^ set(marked))):
+        problems = [f"{MARKER} and {MANIFEST} do not list the same files: {', '.join(not_in_both)}"]
     files = {name: ((folder / name).stat().st_size, digest) for name, digest in hashes.items()}
     return files, f"{folder} is damaged: {'; '.join(problems)}" if problems else None

@@ -3,6 +3,8 @@
 A process can die between any two bytes, and a run that resumes goes back to its checkpoint's step. So a torn last line is cut off when the file is opened, and
 what an earlier process recorded beyond the step resumed from is removed, by writing the rest to a temporary file and renaming it: a reader, or a second death,
 sees the old file or the new one.
+
+A disk that takes nothing for a while ends no run: what it refuses waits in memory, and is written in its order with the next record that it takes.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "metrics.jsonl"
+LARGEST_WAITING_BYTES = 64 << 20
 
 
 def strict(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,8 +78,9 @@ class JsonlWriter:
                 os.replace(path, _free_name(path))
             else:
                 self._header = _keep_up_to(path, resume_step)
-        # Line-buffered: a record is with the operating system when its call returns.
-        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        # Unbuffered: a record is with the operating system when its call returns.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._waiting = b""
 
     def header(self, record: Mapping[str, Any]) -> None:
         """The run's first record. A resumed file has one; what changed since is then an event, under dotted names."""
@@ -98,10 +103,37 @@ class JsonlWriter:
         self._append(record)
 
     def close(self) -> None:
+        """End the file. What the disk refuses even now is lost, with a word: the run's own end, an error perhaps, matters more."""
+        try:
+            self._write_waiting()
+        except OSError as refused:
+            count = self._waiting.count(b"\n")
+            print(f"warning: {self.path}: the last {count} records are lost ({refused.strerror})", file=sys.stderr, flush=True)
         self._file.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(strict(record), allow_nan=False, separators=(",", ":")) + "\n")
+        """Write a record, or keep it.
+
+        Raises:
+            OSError: more is waiting than memory should hold.
+        """
+        has_waited = bool(self._waiting)
+        self._waiting += (json.dumps(strict(record), allow_nan=False, separators=(",", ":")) + "\n").encode()
+        try:
+            self._write_waiting()
+        except OSError as refused:
+            if len(self._waiting) > LARGEST_WAITING_BYTES:
+                raise
+            if not has_waited:
+                print(f"warning: {self.path} cannot be written ({refused.strerror}); records wait in memory until it can", file=sys.stderr, flush=True)
+        else:
+            if has_waited:
+                print(f"{self.path}: the records that waited are written", file=sys.stderr, flush=True)
+
+    def _write_waiting(self) -> None:
+        """A disk may take a part of it."""
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def _dotted(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

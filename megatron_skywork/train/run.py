@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -67,6 +68,9 @@ def run_training(config: Config) -> int:
             replace(run_dir / "config.yaml", dump_config(config))
             replace(run_dir / "env.json", json.dumps(environment(), indent=1))
         training = Training(config, place, phases)
+        # megatron-core collects garbage twice in every save, while training stands still; what lives as long as the run need not be looked at each time.
+        gc.collect()
+        gc.freeze()
         status.write("running", step=training.state.step)
         for sentence in _warnings(config, before) if place.is_first_rank else []:
             print(f"warning: {sentence}", file=sys.stderr, flush=True)

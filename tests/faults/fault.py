@@ -38,6 +38,10 @@ class Outcome:
             self.lost.append(failure)
 
 
+class CannotBeTried(Exception):
+    """This machine does not let the suite do it; the reason is shown, loudly, and the rest goes on."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """A row of the table.

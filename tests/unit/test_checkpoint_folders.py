@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,25 @@ def test_folders_that_are_not_whole_do_not_count(tmp_path: Path) -> None:
     (folders[2] / "weights").write_text("cut")
     retain(tmp_path, 2, folders[3], ())
     assert left(tmp_path) == [2, 8], "4 has no marker, 6 a file that was cut off, and 9 belongs to a time that was given up"
+
+
+def test_a_disk_that_cannot_be_read_now_costs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = make(tmp_path, 2, 4, 6)
+    plain = Path.read_text
+
+    def read(path: Path, *args: Any, **options: Any) -> str:
+        if path.name == "complete.json" and path.parent in unreadable:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    unreadable = {folders[1]}
+    with pytest.raises(OSError, match="Input/output error"):
+        retain(tmp_path, 1, folders[2], {folders[1].resolve()})
+    assert left(tmp_path) == [2, 4, 6]
+    unreadable = {folders[2]}
+    retain(tmp_path, 1, folders[2], ())
+    assert left(tmp_path) == [6], "the one just written stays, whatever the disk says of it now"
 
 
 def test_leftovers_are_cleared_and_nothing_else(tmp_path: Path) -> None:

@@ -62,6 +62,40 @@ def write_run(path: Path, steps: range, resume_step: int | None = None, world_si
     writer.close()
 
 
+class FullDisk:
+    """Takes `room` bytes of a file, and then none until it has more."""
+
+    def __init__(self, file: Any, room: int):
+        self.file, self.room = file, room
+
+    def write(self, content: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        taken = self.file.write(content[: self.room])
+        self.room -= taken
+        return taken
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path, resume_step=None)
+    disk = writer._file = FullDisk(writer._file, 50)  # type: ignore[assignment]
+    for step in range(1, 6):
+        disk.room += 1000 if step == 4 else 0
+        writer.step({"kind": "step", "step": step, "loss": 1.0})
+        assert (len(path.read_bytes()) == 50) == (step in (2, 3))
+    said = capsys.readouterr().err
+    assert said.count("cannot be written (No space left on device)") == 1 and said.count("are written") == 1
+    disk.room = 0
+    writer.step({"kind": "step", "step": 6})
+    writer.close()
+    assert [record["step"] for record in read(path)] == [1, 2, 3, 4, 5]
+    assert "the last 1 records are lost" in capsys.readouterr().err
+
+
 def test_every_record_is_on_disk_when_its_call_returns(tmp_path: Path):
     writer = JsonlWriter(tmp_path / "new" / "metrics.jsonl", resume_step=None)
     writer.step({"kind": "step", "step": 1})

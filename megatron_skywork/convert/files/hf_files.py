@@ -6,6 +6,7 @@ File names in an index stay inside the folder.
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -140,3 +141,5 @@ def _open_safetensors(path: Path) -> Any:
         return safe_open(str(path), framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(f"{path.name}: not a sound safetensors file ({error})") from error
+    except RuntimeError as error:  # torch maps the file for its library; what it says has the path and the kernel's reason
+        raise OSError(errno.EIO, f"cannot be read ({error})", str(path)) from error

@@ -90,11 +90,15 @@ class Staged:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def recorded(self, name: str) -> FileRecord | None:
-        """A file of `content` (or of the source, by another name) that was finished before."""
+        """A file of `content` (or of the source, by another name) that was finished before.
+
+        Raises:
+            OSError: the journal cannot be read, which does not say that the file was not finished.
+        """
         try:
             entry = json.loads((self._done / _flat(name)).read_text(encoding="utf-8"))
             return FileRecord(int(entry["bytes"]), str(entry["sha256"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def record(self, name: str, made: FileRecord) -> None:
