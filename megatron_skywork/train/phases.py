@@ -48,6 +48,10 @@ class Phases:
         now = self.now
         self.now = Moment(now.phase, name, now.step, now.changes + 1, now.since)
 
+    def waits(self, what: str) -> None:
+        """What the part waits for now. Ranks differ in it, so it is no change: a rank that told more would seem to be ahead for the rest of the run."""
+        self.now = self.now._replace(part=what)
+
     @contextmanager
     def during(self, phase: str, step: int) -> Iterator[None]:
         """A phase between steps; the one before goes on after it, with a clock that starts anew."""

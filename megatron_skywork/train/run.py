@@ -62,7 +62,7 @@ def run_training(config: Config) -> int:
 
         watchdog.join()
         phases.part("process groups")
-        place = parallel.start(config, told=phases.part)
+        place = parallel.start(config, told=phases.waits)
         lock.agree()
         if place.is_first_rank:
             replace(run_dir / "config.yaml", dump_config(config))

@@ -95,6 +95,14 @@ def test_phases_follow_a_run() -> None:
 # ------------------------------------------------------------------------------------------------------------------------------ status
 
 
+def test_what_a_rank_waits_for_puts_it_ahead_of_nobody() -> None:
+    told = phases.Phases()
+    told.part("process groups")
+    before = told.now
+    told.waits("waits for ranks 1")
+    assert told.now == before._replace(part="waits for ranks 1")
+
+
 def test_the_first_end_of_a_run_stands(tmp_path: Path) -> None:
     mine = status.Status(tmp_path, is_writer=True)
     mine.write("running", step=3)
