@@ -115,7 +115,8 @@ def _hang(number: int, folder: Path, rank: int, action: str, point: str, expecte
 
 def hung_ranks(folder: Path, short: bool) -> Outcome:
     """Asleep, in a loop that never gives up the interpreter, or stopped by a signal."""
-    cases = [(1, action, point) for point in POINTS for action in ("sleep", "gil", "stop")] + [(0, "sleep", "step"), (0, "sleep", "evaluation"), (0, "stop", "save")]
+    cases = [(1, action, point) for point in POINTS for action in ("sleep", "gil", "stop")]
+    cases += [(0, "sleep", "step"), (0, "sleep", "evaluation"), (0, "stop", "save")]
     expected = None if short else _undisturbed(folder)
     outcome, latest = Outcome(), 0.0
     for number, (rank, action, point) in enumerate([(1, "gil", "step")] if short else cases):
