@@ -18,7 +18,7 @@ from run_bodies import SETTINGS, STEPS, in_memory, merged
 from warm import warm
 
 BEFORE, DURING, AT_END = (f"step_{step:08d}" for step in (1, 2, STEPS))
-_SHORT = 2
+_SHORT = 3
 _WORKERS = 2
 Check = Callable[[Path, str, Ended, Path], str | None]
 
