@@ -130,6 +130,6 @@ def _fault(name: str, how: str, injected: Callable[[str, int | None, Path], Outc
 
 FAULTS = [
     *(_fault(f"{how} at every file system call of a save", how, of_our_save(False), None, _SHORT) for how in HOW),
-    *(_fault(f"{how} at calls of a save in the background", how, of_our_save(True), 24, _SHORT) for how in HOW),
+    *(_fault(f"{how} at calls of a save in the background", how, of_our_save(True), 24, 2) for how in HOW),
     *(_fault(f"{how} at calls of a naive save", how, of_a_naive_save, None, 9, is_control=True) for how in HOW),
 ]
