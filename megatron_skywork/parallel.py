@@ -59,8 +59,10 @@ def rendezvous(rank: int, world_size: int, timeout: datetime.timedelta, told: Ca
     store = torch.distributed.TCPStore(host, port, None, False, timeout=timeout, wait_for_workers=False)
     own = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     if rank:
+        told("waits for ranks 0")
         store.set(f"knock/{rank}", own)
         attempt = store.get(f"answer/{own}").decode()
+        told("process groups")
         store.set(f"known/{attempt}/{rank}", "")
         return torch.distributed.PrefixStore(attempt, store)
     answered, said = set[str](), ""

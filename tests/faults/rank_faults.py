@@ -97,6 +97,10 @@ def _hang(number: int, folder: Path, rank: int, action: str, point: str, expecte
     job = _launcher().start(run_dir, *WHOLE, *_limits(point, LIMIT_SECONDS), fault=(point, rank, action, 600.0), **_agent(number))
     job.reach()
     started = time.monotonic()
+    if point == "groups" and action != "sleep":
+        # Before the rendezvous nobody knows the process, and it cannot end itself. The others end; then the launcher ends it, here as torchrun would.
+        _launcher().code_of(job.processes[1 - rank], job)
+        os.kill(job.processes[rank], signal.SIGKILL)
     codes = job.ends()
     late = time.monotonic() - started - LIMIT_SECONDS
     failure = _ended(job, rank, point)

@@ -58,6 +58,17 @@ def test_a_rank_that_does_not_come_is_named(agent: TCPStore) -> None:
         parallel.rendezvous(0, 2, datetime.timedelta(seconds=0.5))
 
 
+def test_the_first_rank_is_waited_for_by_name(agent: TCPStore) -> None:
+    told: list[str] = []
+    waiting = threading.Thread(target=parallel.rendezvous, args=(1, 2, SECONDS, told.append))
+    waiting.start()
+    waiting.join(timeout=0.3)
+    assert told == ["waits for ranks 0"]
+    parallel.rendezvous(0, 2, SECONDS)
+    waiting.join(timeout=60)
+    assert told == ["waits for ranks 0", "process groups"]
+
+
 def test_without_torchrun_s_store_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     assert parallel.rendezvous(0, 2, SECONDS) is None
