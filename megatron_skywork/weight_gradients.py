@@ -50,14 +50,17 @@ def accumulated(weight: Tensor) -> Tensor:
 def accumulate_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Have every module that knows `gradient_accumulation_fusion` add its weights' gradients to their buffers, if a product in `dtype` can be added here.
 
-    megatron-core's linear layers look for apex's extension, and are given `accumulate` in its place where it is missing.
+    megatron-core's linear layers look for apex's extension, and are given `accumulate` in its place where it is missing. They find the buffer at the weight
+    that autograd gives back to them, which is another object where hooks take part in saving (`saves_through_hooks`): such layers go on as before.
     """
     from megatron.core.tensor_parallel import layers
 
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=_as_apex_does)
+    hooked = {part for layer in model.modules() if getattr(layer, "saves_through_hooks", False) for part in layer.modules()}
     for module in model.modules():
-        if hasattr(module, "gradient_accumulation_fusion"):
+        is_linear = isinstance(module, (layers.ColumnParallelLinear, layers.RowParallelLinear))
+        if hasattr(module, "gradient_accumulation_fusion") and not (is_linear and module in hooked):
             module.gradient_accumulation_fusion = can_accumulate(dtype)  # type: ignore[assignment]
 
 

@@ -126,7 +126,7 @@ def _serve(tasks: Any, answers: Any) -> None:
     gc.freeze()  # megatron-core collects garbage in every save and load, and would look through all that was imported each time
     while True:
         function, args, rank, world_size, rendezvous = tasks.get()
-        os.environ["LOCAL_RANK"] = str(rank)  # its own GPU, where there are some
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
         try:
             torch.distributed.init_process_group(
                 device.backend(), init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=datetime.timedelta(seconds=120)

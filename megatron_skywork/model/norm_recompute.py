@@ -25,6 +25,8 @@ from megatron_skywork.model.norm import RMSNorm
 class NormRecomputingLayer(TransformerLayer):
     """megatron-core's layer with norms that are `RecomputedRMSNorm`; of them it keeps the inputs only."""
 
+    saves_through_hooks = True  # see weight_gradients.py
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.recompute_input_layernorm = self.recompute_pre_mlp_layernorm = False

@@ -129,7 +129,7 @@ class _OutputLosses(torch.autograd.Function):
                 kept.append(logits_TV)
         statistics_3T = _over_ranks(merge_statistics(torch.stack(statistics)), tp_group)
         loss_T = losses_from(statistics_3T)
-        ctx.columns, ctx.accumulates = columns, accumulates
+        ctx.columns, ctx.buffered = columns, weight_VH if accumulates else None  # what autograd gives back may be another object, without the buffer
         ctx.save_for_backward(hidden_TH, weight_VH, column_T, statistics_3T, loss_T, *kept)
         return loss_T
 
@@ -137,13 +137,13 @@ class _OutputLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, column_T, statistics_3T, loss_T, *kept = ctx.saved_tensors
         hidden_gradient_TH = torch.zeros_like(hidden_TH, dtype=torch.float32)
-        weight_gradient_VH = accumulated(weight_VH) if ctx.accumulates else torch.empty_like(weight_VH)
+        weight_gradient_VH = torch.empty_like(weight_VH) if ctx.buffered is None else accumulated(ctx.buffered)
         for index, (first, block_VH) in enumerate(_blocks(weight_VH, ctx.columns)):
             logits_TV = kept[index] if kept else hidden_TH @ block_VH.t()
             gradient_TV = block_gradient(logits_TV, column_T - first, statistics_3T, loss_T, gradient_T)
             rows = slice(first, first + len(block_VH))
-            if ctx.accumulates:
-                accumulate(weight_VH.main_grad[rows], gradient_TV, hidden_TH)
+            if ctx.buffered is not None:
+                accumulate(ctx.buffered.main_grad[rows], gradient_TV, hidden_TH)
             else:
                 torch.mm(gradient_TV.t(), hidden_TH, out=weight_gradient_VH[rows])
             hidden_gradient_TH += gradient_TV @ block_VH

@@ -52,8 +52,11 @@ def transformer_config(config: Config, backend: str) -> SkyworkTransformerConfig
         fields.update(_experts(config, backend))
     if backend == "torch":
         offer_fused_rotary()
+    given = python_values(config.megatron, enums)
+    if backend == "torch":
+        given.pop("gradient_accumulation_fusion", None)  # what is asked for here, `wrap_for_training` does
     try:
-        return SkyworkTransformerConfig(**{**fields, **python_values(config.megatron, enums)})
+        return SkyworkTransformerConfig(**{**fields, **given})
     except (AssertionError, ValueError) as refusal:
         raise ConfigError(f"megatron-core refuses these settings: {refusal}") from refusal
 

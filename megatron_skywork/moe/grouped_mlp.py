@@ -54,7 +54,9 @@ class _GroupedMLP(torch.autograd.Function):
         output_RH = rows_by_weights(weighted_swiglu(hidden_R2F, probs_R), weight2_EHF.mT, runs)
         ctx.save_for_backward(rows_RH, hidden_R2F, probs_R, weight1_E2FH, weight2_EHF, ends_E)
         ctx.runs = None if isinstance(runs, Tensor) else runs
-        ctx.accumulates, ctx.ends_on_host = accumulates, LateRead(ends_E) if accumulates and ctx.runs is None else None
+        # The parameters themselves: what autograd gives back may be another object, without the buffers.
+        ctx.buffered = (weight1_E2FH, weight2_EHF) if accumulates else None
+        ctx.ends_on_host = LateRead(ends_E) if accumulates and ctx.runs is None else None
         return output_RH
 
     @staticmethod
@@ -67,9 +69,10 @@ class _GroupedMLP(torch.autograd.Function):
         grad_hidden_R2F, grad_probs_R, activation_RF = weighted_swiglu_backward(hidden_R2F, probs_R, grad_activation_RF)
         grad_rows = rows_by_weights(grad_hidden_R2F, weight1_E2FH, runs) if ctx.needs_input_grad[0] else None
         grad_probs = grad_probs_R if ctx.needs_input_grad[1] else None
-        if ctx.accumulates:
+        if ctx.buffered is not None:
             slices = ctx.runs or _slices(ctx.ends_on_host.read())
-            added1, added2 = _accumulate_runs(weight1_E2FH, grad_hidden_R2F, rows_RH, slices), _accumulate_runs(weight2_EHF, grad_RH, activation_RF, slices)
+            added1 = _accumulate_runs(ctx.buffered[0], grad_hidden_R2F, rows_RH, slices)
+            added2 = _accumulate_runs(ctx.buffered[1], grad_RH, activation_RF, slices)
             return grad_rows, grad_probs, added1, added2, None, None
         grad_weight1 = rows_by_rows(grad_hidden_R2F, rows_RH, runs) if ctx.needs_input_grad[2] else None
         grad_weight2 = rows_by_rows(grad_RH, activation_RF, runs) if ctx.needs_input_grad[3] else None

@@ -67,6 +67,21 @@ def run_on_a_full_disk(config: str, filler: str, left: int) -> None:
     run_command(config)
 
 
+def naive_run_on_a_disk_that_fills(run_dir: str, steps: int, filler: str, left: int, full_at: int) -> None:
+    """The naive run, whose disk is full when it saves one step."""
+    import run_bodies
+
+    plain = run_bodies.naive_save
+
+    def save(run_dir: Path, step: int, weights: Any, moments: Any) -> None:
+        if step == full_at:
+            fill(Path(filler), left)
+        plain(run_dir, step, weights, moments)
+
+    run_bodies.naive_save = save
+    run_bodies.naive_run(run_dir, steps)
+
+
 def make_source(place: str) -> None:
     make_dense(Path(place, "dense"))
 

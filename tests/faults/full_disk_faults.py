@@ -81,6 +81,22 @@ def _lost(settings: dict[str, Any], unseen: bool, left: int, disk: Path, place: 
     return None if steps == list(range(1, _STEPS + 1)) else f"the record has the steps {steps}"
 
 
+def of_a_naive_run(folder: Path, short: bool) -> Outcome:
+    """The control: it saves in place, and takes the newest folder when there is room again."""
+    outcome = Outcome()
+    with in_memory(folder) as place:
+        for left in _LEFT[:2]:
+            with small_disk(place) as disk:
+                run_dir, filler = disk / "run", disk / "filler"
+                args = (str(run_dir), _STEPS, str(filler), left, _FULL_AT)
+                warm().ended(warm().start("full_disk_bodies:naive_run_on_a_disk_that_fills", *args, folder=place))
+                filler.unlink()
+                again = warm().start("run_bodies:naive_run", str(run_dir), _STEPS, folder=place)
+                outcome.add(None if warm().ended(again) == 0 else f"it cannot go on: {again.said.read_text().strip().splitlines()[-1]}")
+            (place / "disk").rmdir()
+    return outcome
+
+
 def of_a_start(folder: Path, short: bool) -> Outcome:
     """A run whose checkpoints do not fit hears it before its first step."""
     outcome = Outcome()
@@ -130,4 +146,5 @@ FAULTS = [
     Fault("the disk is full at a save", of_a_run),
     Fault("the disk is too small for a run", of_a_start),
     Fault("the disk is full at a conversion", of_a_conversion),
+    Fault("the disk is full at a save of a naive run", of_a_naive_run, is_control=True),
 ]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from warm import WAITS, Warm
+from fault import CannotBeTried
+from warm import WAITS, Child, Warm
 
 HOW = {"SIGKILL": "signal=KILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
 _LINE = re.compile(r"^(\d+) +(\w+)\((.*)$")
@@ -82,21 +83,31 @@ def _traced(warm: Warm, body: str, args: tuple[Any, ...], folder: Path, options:
         raise RuntimeError(f"{body} ended with {code} before it was traced: {child.said.read_text()[-2000:]}")
     with subprocess.Popen(["strace", "-f", "-qq", "-o", str(log), "-p", str(child.process), *options], stderr=subprocess.PIPE, text=True) as strace:
         try:
-            code = warm.ended(child, _TIMEOUT_SECONDS)
-            if code is None:
-                child.kill()
-                warm.ended(child)
-                code = -signal.SIGALRM
+            code = _ended(warm, child, strace)
             _, complaint = strace.communicate(timeout=_TIMEOUT_SECONDS)
         finally:
             strace.kill()
-    if not log.exists() or "Operation not permitted" in complaint:
-        raise RuntimeError(f"strace cannot trace here: {complaint.strip()}")
+    if code is None:
+        raise CannotBeTried(f"strace cannot trace a process here ({complaint.strip()})")
     said = child.said.read_text(encoding="utf-8", errors="replace")
     answer = Ended(code, said if code != -signal.SIGALRM else f"hung; {said}", True), log.read_text(encoding="utf-8", errors="replace")
     for path in child.said.parent.glob(f"{child.said.stem}.*"):
         path.unlink()
     return answer
+
+
+def _ended(warm: Warm, child: Child, strace: subprocess.Popen[str]) -> int | None:
+    """Exit code of a traced process; that of SIGALRM for one that hung; None for one that waits for a tracer that has gone."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while (code := warm.ended(child, 1)) is None:
+        has_gone = strace.poll() is not None
+        if (has_gone and (code := warm.ended(child, 1)) is None) or time.monotonic() > deadline:
+            child.kill()
+            warm.ended(child)
+            return None if has_gone else -signal.SIGALRM
+        if code is not None:
+            break
+    return code
 
 
 def sample(items: list[Any], count: int) -> list[Any]:

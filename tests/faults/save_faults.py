@@ -18,7 +18,7 @@ from run_bodies import SETTINGS, STEPS, in_memory, merged
 from warm import warm
 
 BEFORE, DURING, AT_END = (f"step_{step:08d}" for step in (1, 2, STEPS))
-_SHORT = 2
+_SHORT = 3
 _WORKERS = 2
 Check = Callable[[Path, str, Ended, Path], str | None]
 
@@ -130,6 +130,6 @@ def _fault(name: str, how: str, injected: Callable[[str, int | None, Path], Outc
 
 FAULTS = [
     *(_fault(f"{how} at every file system call of a save", how, of_our_save(False), None, _SHORT) for how in HOW),
-    *(_fault(f"{how} at calls of a save in the background", how, of_our_save(True), 24, _SHORT) for how in HOW),
+    *(_fault(f"{how} at calls of a save in the background", how, of_our_save(True), 24, 2) for how in HOW),
     *(_fault(f"{how} at calls of a naive save", how, of_a_naive_save, None, 9, is_control=True) for how in HOW),
 ]

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 for folder in (HERE.parents[1], HERE.parent, HERE.parent / "unit", HERE.parent / "distributed", HERE):
     sys.path.insert(0, str(folder))
 
-from fault import Fault, Outcome, passed, timed  # noqa: E402
+from fault import CannotBeTried, Fault, Outcome, passed, timed  # noqa: E402
 
 
 def all_faults() -> list[Fault]:
@@ -44,6 +44,9 @@ def run(faults: list[Fault], short: bool) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 outcome, seconds = timed(fault, Path(folder), short)
+            except CannotBeTried as reason:
+                rows.append({"fault": fault.name, "skipped": str(reason)})
+                continue
             except Exception as failure:
                 outcome, seconds = Outcome(lost=[f"the suite itself failed: {failure!r}"]), 0.0
         rows.append(
