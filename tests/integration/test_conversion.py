@@ -338,17 +338,19 @@ def test_the_training_model_computes_what_transformers_computes(dense: dict[str,
 
 
 IN_LAYOUTS = """
-import os, sys
+import os, sys, threading
 from pathlib import Path
 from megatron_skywork import device
 device.prepare()
 import torch
 from megatron.core import dist_checkpointing
 from megatron_skywork import parallel
+from megatron_skywork.checkpoint.capture import capture
+from megatron_skywork.checkpoint.commit import commit
 from megatron_skywork.checkpoint.content import sharded_weights
 from megatron_skywork.checkpoint.load import load_weights
+from megatron_skywork.checkpoint.write import write_part
 from megatron_skywork.config.load import load_config
-from megatron_skywork.convert.files.marker import write_marker
 from megatron_skywork.model.build import build_chunks
 base = Path(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method=f"file://{base}/meeting", rank=int(os.environ["RANK"]), world_size=4)
@@ -364,14 +366,18 @@ for tp, pp, ep in ((2, 2, 2), (1, 4, 1), (2, 1, 4), (1, 1, 2)):
     weights = sharded_weights(chunks)["model"]
     _, missing, unexpected = dist_checkpointing.load(sharded_weights(chunks)["model"], str(base / "moe"), strict="return_all")
     assert not unexpected, unexpected
-    out = base / f"again-{tp}-{pp}-{ep}"
-    if torch.distributed.get_rank() == 0:
-        out.mkdir()
+    out, staging = base / f"again-{tp}-{pp}-{ep}", base / f"staged-{tp}-{pp}-{ep}"
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        staging.mkdir()
+    captured, common = capture(weights, copies=False)
     torch.distributed.barrier()
-    dist_checkpointing.save(weights, str(out), sharded_strategy=checkpoint.InProcessSave())
+    parts = [None] * 4 if is_first else None
+    torch.distributed.gather_object(write_part(staging, captured, threading.Event(), True), parts, dst=0)
+    if is_first:
+        assert not [part.failure for part in parts if part.failure]
+        commit(staging, out, captured.index, common, {}, 0, parts)
     torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        write_marker(out)
     parallel.parallel_state.destroy_model_parallel()
 torch.distributed.destroy_process_group()
 """
