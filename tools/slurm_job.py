@@ -27,6 +27,7 @@ from megatron_skywork.config.load import load_config  # noqa: E402
 from megatron_skywork.config.schema import Config  # noqa: E402
 from megatron_skywork.convert.files.marker import is_complete  # noqa: E402
 from megatron_skywork.errors import EXIT_CONFIG, EXIT_DONE, EXIT_OTHER, EXIT_REFUSED, EXIT_REQUEUE, ConfigError, UserError  # noqa: E402
+from megatron_skywork.train import run_lock  # noqa: E402
 
 
 def shell_settings(config: Config, num_nodes: int) -> dict[str, Any]:
@@ -92,6 +93,16 @@ def stalled_starts(starts: list[dict[str, Any]], step: int) -> int:
             break
         count += 1
     return count
+
+
+def other_holder(run_dir: Path, job: str) -> str | None:
+    """Who holds the run's folder, if it is a live run of another job (train/run_lock.py). That run's status must not be taken for ours."""
+    path = run_dir / run_lock.FILE_NAME
+    try:
+        owner, age_seconds = json.loads(path.read_text(encoding="utf-8")), time.time() - path.stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    return None if owner.get("job") == job or age_seconds > run_lock.STALE_SECONDS else f"process {owner.get('process')} on host {owner.get('host')}"
 
 
 @dataclass(frozen=True)
@@ -162,8 +173,10 @@ def begin(args: argparse.Namespace) -> int:
     if stalled >= config.launch.max_stalled_starts:
         print(f"error: {stalled_sentence(stalled, step)}", file=sys.stderr)
         return EXIT_OTHER
-    with (args.logs / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"start": len(starts) + 1, "step": step, "time": time.time(), "status_before": status_text(run_dir)}) + "\n")
+    path = args.logs / "starts.jsonl"
+    is_torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # by a crash; the next start must not be lost with it
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * is_torn + json.dumps({"start": len(starts) + 1, "step": step, "time": time.time(), "status_before": status_text(run_dir)}) + "\n")
     print(len(starts) + 1)
     return EXIT_DONE
 
@@ -174,7 +187,10 @@ def follow(args: argparse.Namespace) -> int:
     starts, text, step = starts_of(args.logs), status_text(run_dir), saved_step(run_dir)
     # What was said before this start does not count: ranks that fail at once must not send the job round in circles.
     status = json.loads(text) if text and text != starts[-1]["status_before"] else {}
-    answer = what_follows(status, args.job_state, args.told_to_stop, stalled_starts(starts, step), config.launch.max_stalled_starts, step)
+    stalled, limit = stalled_starts(starts, step), config.launch.max_stalled_starts
+    answer = what_follows(status, args.job_state, args.told_to_stop, stalled, limit, step)
+    if holder := other_holder(run_dir, args.logs.name):
+        answer = Answer("end", f"{run_dir} is in use by {holder}: another start would be refused as well", EXIT_REFUSED)
     print(f"{'error: ' if answer.code else ''}{answer.why}", file=sys.stderr)
     print(answer)
     return EXIT_DONE

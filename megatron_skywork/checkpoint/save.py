@@ -121,8 +121,8 @@ class Saver:
         started, folder = time.perf_counter(), folder_of(self._run_dir, state.step)
         job = self._job = _Job(state.step, folder, read_back, started)
         try:
-            captured = self._capture(job, state, chunks, optimizer)
-            from_first(lambda: self._open_staging(folder, job.index))
+            captured = self._capture(job, chunks, optimizer)
+            from_first(lambda: self._open_staging(job, state))
         except (CheckpointException, CheckpointError) as failure:  # on all ranks alike
             job.ended = Outcome(state.step, folder, _said(failure), seconds=time.perf_counter() - started)
         else:
@@ -148,7 +148,7 @@ class Saver:
 
     # ----------------------------------------------------------------------------------------------------------------------- its stages
 
-    def _capture(self, job: _Job, state: TrainState, chunks: list[Any], optimizer: MegatronOptimizer) -> Capture:
+    def _capture(self, job: _Job, chunks: list[Any], optimizer: MegatronOptimizer) -> Capture:
         save_without_copies(optimizer)
         weights = sharded_weights(chunks)
         content = {
@@ -158,15 +158,15 @@ class Saver:
         }
         captured, common = capture(content, copies=self._config.checkpoint.background)
         job.index, job.common = captured.index, common
-        if self._is_first:
-            job.texts = {"config.yaml": dump_config(self._config), STATE_FILE: describe_state(self._config, state)}
         return captured
 
-    def _open_staging(self, folder: Path, index: Any) -> None:
-        """An empty folder to write into, if the disk has room for what comes."""
+    def _open_staging(self, job: _Job, state: TrainState) -> None:
+        """On the first rank: the small files, and an empty folder to write into, if the disk has room for what comes."""
+        folder = job.folder
         try:
+            job.texts = {"config.yaml": dump_config(self._config), STATE_FILE: describe_state(self._config, state)}
             clear_leftovers(self._run_dir)
-            check_space_for_save(folder, tensor_bytes(index))
+            check_space_for_save(folder, tensor_bytes(job.index))
             is_new = not folder.parent.is_dir()
             staging_of(folder).mkdir(parents=True)
             if is_new:

@@ -10,13 +10,14 @@ import socket
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megatron_skywork.config.load import dump_config
 from megatron_skywork.config.schema import Config
-from megatron_skywork.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError
+from megatron_skywork.errors import EXIT_DONE, EXIT_REQUEUE, ConfigError, UserError
 from megatron_skywork.train import grace
 from megatron_skywork.train.phases import Phases
 from megatron_skywork.train.run_lock import RunLock
@@ -63,7 +64,11 @@ def run_training(config: Config) -> int:
         watchdog.join()
         phases.part("process groups")
         place = parallel.start(config, told=phases.waits)
-        lock.agree()
+        try:
+            lock.agree()
+        except UserError:
+            status.is_silent = True
+            raise
         if place.is_first_rank:
             replace(run_dir / "config.yaml", dump_config(config))
             replace(run_dir / "env.json", json.dumps(environment(), indent=1))
@@ -82,20 +87,19 @@ def run_training(config: Config) -> int:
     except BaseException as failure:
         code, reason = watchdog.failed(failure)
         status.write("failed", step=training.state.step if training else None, reason=reason, exit_code=code, for_all=True)
-        try:
-            if training is not None:
-                training.close()
-        finally:
-            lock.release()
+        _leave(*([training.close] if training is not None else []), lock.release)
         raise
-    try:
-        parallel.stop()
-        training.close()
-        lock.release()
-        watchdog.close()
-    except Exception:  # the run has ended as its status says; what breaks on the way out does not change that
-        traceback.print_exc()
+    _leave(parallel.stop, training.close, lock.release, watchdog.close)
     return code
+
+
+def _leave(*steps: Callable[[], None]) -> None:
+    """Take each step out of a run that has ended as its status says. What breaks on the way changes nothing of that, and no other step is left out for it."""
+    for step in steps:
+        try:
+            step()
+        except Exception:
+            traceback.print_exc()
 
 
 def _warnings(config: Config, before: dict[str, Any] | None) -> list[str]:

@@ -30,6 +30,7 @@ from megatron_skywork.errors import EXIT_DONE, EXIT_OTHER, EXIT_REQUEUE, UserErr
 
 FILE_NAME = "run_status.json"
 UNFINISHED = ("starting", "running")
+ONE_START_SECONDS = 900.0  # within which the processes of one start begin, on all hosts
 
 
 class Status:
@@ -66,9 +67,10 @@ class Status:
                 print(f"warning: {self.path} could not be written: {failure}", file=sys.stderr, flush=True)
 
     def _is_of_this_start(self) -> bool:
-        """Whether the file is about a start that goes on, and under the same torchrun."""
+        """Whether the file is about a start that goes on, under the same torchrun, begun when this process was. Many a torchrun has no id but `none`."""
         found = read(self.path.parent) or {}
-        return found.get("status") in UNFINISHED and (found.get("torchrun") or {}).get("id") == os.environ.get("TORCHELASTIC_RUN_ID")
+        same_torchrun = (found.get("torchrun") or {}).get("id") == os.environ.get("TORCHELASTIC_RUN_ID")
+        return found.get("status") in UNFINISHED and same_torchrun and abs(found.get("started", 0.0) - self._started) < ONE_START_SECONDS
 
 
 def _came_to(run_dir: Path) -> dict[str, Any] | None:

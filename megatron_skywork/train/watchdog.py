@@ -258,9 +258,9 @@ class Watchdog:
         faulthandler.dump_traceback_later(LATEST_SECONDS, exit=True, file=self._file)
 
     def _remove_unused(self) -> None:
-        if self._file.tell() == 0:
-            self._stacks.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # others still use the folder
+        with contextlib.suppress(OSError):  # others still use the folder, or the disk is gone
+            if self._file.tell() == 0:
+                self._stacks.unlink(missing_ok=True)
                 self._stacks.parent.rmdir()
 
     def _dump(self, why: str) -> None:

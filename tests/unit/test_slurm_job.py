@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -81,6 +82,27 @@ def test_what_was_said_before_the_start_does_not_count(tmp_path: Path, capsys: p
     assert job("next", tmp_path) == 0 and capsys.readouterr().out == "again\n"
     (tmp_path / "run_status.json").write_text(json.dumps({"status": "stopped", "exit_code": 75, "updated": 1}))
     assert job("next", tmp_path) == 0 and capsys.readouterr().out == "requeue\n"
+
+
+def test_a_run_of_another_job_in_the_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert job("begin", tmp_path) == 0
+    (tmp_path / "run_status.json").write_text(json.dumps({"status": "stopped", "exit_code": 75}))  # the other run's words
+    lock = tmp_path / "run.lock"
+    lock.write_text(json.dumps({"job": "another", "process": 7, "host": "first-host"}))
+    capsys.readouterr()
+    assert job("next", tmp_path) == 0
+    said = capsys.readouterr()
+    assert said.out == "end 3\n" and "in use by process 7 on host first-host" in said.err
+    os.utime(lock, (0, 0))  # dead for long
+    assert job("next", tmp_path) == 0 and capsys.readouterr().out == "requeue\n"
+    lock.write_text(json.dumps({"job": tmp_path.name}))
+    assert job("next", tmp_path) == 0 and capsys.readouterr().out == "requeue\n"
+
+
+def test_a_start_behind_a_torn_line_is_not_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "starts.jsonl").write_text('{"start": 1, "st')
+    assert job("begin", tmp_path) == 0 and capsys.readouterr().out == "1\n"
+    assert job("next", tmp_path) == 0 and capsys.readouterr().out == "again\n"
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> dict:

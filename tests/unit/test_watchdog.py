@@ -240,3 +240,15 @@ def test_the_helper_of_wandb_does_not_outlive_a_killed_run(tmp_path: Path) -> No
     run.wait()
     assert _until(lambda: lifeline.birth(helper) != born)
     run.stdout.close()
+
+
+def test_a_rank_of_another_start_leaves_the_status_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs in one folder, both under a torchrun without an id: the refused one must not speak for the other."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    status.Status(tmp_path, is_writer=True).write("running", step=4)
+    late = status.Status(tmp_path, is_writer=False)
+    late._started += 2 * status.ONE_START_SECONDS
+    late.write("failed", for_all=True, step=None, exit_code=3)
+    assert status.read(tmp_path)["status"] == "running"
+    status.Status(tmp_path, is_writer=False).write("failed", for_all=True, step=4, exit_code=1)
+    assert status.read(tmp_path)["status"] == "failed"
