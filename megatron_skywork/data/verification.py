@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_skywork.convert.files.marker import sha256_of
 from megatron_skywork.data.index_structure import IDX_HEADER, Structure, read_structure
-from megatron_skywork.data.indexed import SideFile, paths_of, read_side_file, sha256_of
+from megatron_skywork.data.indexed import SideFile, paths_of, read_side_file
 from megatron_skywork.data.tokenizers import Tokenizer
 from megatron_skywork.errors import DataError
 

@@ -21,6 +21,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from megatron_skywork import lifeline
 from megatron_skywork.data.file_lock import exclusive
 from megatron_skywork.errors import EXIT_REFUSED, CheckpointError, ConfigError, UserError
 
@@ -162,7 +163,7 @@ def is_dead(owner: dict[str, Any], age_seconds: float, me: dict[str, Any]) -> bo
     if owner.get("job") is not None and owner["job"] == me["job"] and owner.get("restarts") != me["restarts"]:
         return True
     if owner.get("machine") == me["machine"]:
-        return _start_of(owner.get("process")) != owner.get("process_start")
+        return lifeline.birth(owner.get("process", 0)) != owner.get("process_start")
     return age_seconds > STALE_SECONDS
 
 
@@ -171,7 +172,7 @@ def identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "process": os.getpid(),
-        "process_start": _start_of(os.getpid()),
+        "process_start": lifeline.birth(os.getpid()),
         "machine": _machine(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
@@ -187,16 +188,6 @@ def _machine() -> str | None:
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux: only the sign of life counts
         return f"{socket.gethostname()} {uuid.uuid4().hex}"
-
-
-def _start_of(process: Any) -> str | None:
-    """When a process of this machine started, in ticks since boot; None when there is none of that number."""
-    try:
-        stat = Path(f"/proc/{int(process)}/stat").read_text(encoding="utf-8", errors="replace")
-    except (OSError, TypeError, ValueError):
-        return None
-    state, *rest = stat.rpartition(")")[2].split()
-    return None if state in ("Z", "X") else rest[18]  # the name before may hold spaces; a zombie is dead
 
 
 def _publish(path: Path, content: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from ranks import RankPool
 
+from megatron_skywork import lifeline
 from megatron_skywork.errors import EXIT_REFUSED, CheckpointError, ConfigError
 from megatron_skywork.train import run_lock
 from megatron_skywork.train.run_lock import FILE_NAME, RunLock, identity, is_dead
@@ -56,13 +57,13 @@ def test_a_live_owner_refuses_all_ranks_and_a_dead_one_none(ranks: RankPool, tmp
 
     owner = subprocess.Popen(["sleep", "300"])
     try:
-        owned(tmp_path, process=owner.pid, process_start=run_lock._start_of(owner.pid))
+        owned(tmp_path, process=owner.pid, process_start=lifeline.birth(owner.pid))
         answers = ranks.run(2, take, str(tmp_path), {}, 0.0)  # no sign of life is asked for where the process can be seen
         assert answers[0] == answers[1] and f"process {owner.pid} on host first-host" in answers[0] and answers[0].startswith("CheckpointError")
         assert json.loads((tmp_path / FILE_NAME).read_text())["token"] == "theirs"
         owned(tmp_path, process=owner.pid, process_start="17")  # the number was given to another process since
         assert ranks.run(2, take, str(tmp_path), {}, 60.0)[1].startswith("held by")
-        owned(tmp_path, process=owner.pid, process_start=run_lock._start_of(owner.pid))
+        owned(tmp_path, process=owner.pid, process_start=lifeline.birth(owner.pid))
     finally:
         owner.kill()
         owner.wait()
@@ -110,7 +111,7 @@ def test_the_rules_of_death() -> None:
     assert is_dead(there, 121.0, me) and not is_dead(there, 119.0, me)
     assert not is_dead({**there, "job": "77", "restarts": "1"}, 1.0, me), "two runs of one job are two runs"
     assert is_dead({**there, "job": "77"}, 1.0, me) and not is_dead({**there, "job": "78"}, 1.0, me)
-    alive = {"machine": "here", "process": os.getpid(), "process_start": run_lock._start_of(os.getpid())}
+    alive = {"machine": "here", "process": os.getpid(), "process_start": lifeline.birth(os.getpid())}
     assert not is_dead(alive, 1e9, me), "a process that can be seen is believed, however long its machine stood still"
 
 

@@ -5,11 +5,10 @@ Training checkpoints have the same weights under the same names, with `config.ya
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 import megatron_skywork
 from megatron_skywork.config.schema import Model, Moe
 from megatron_skywork.config.yaml_strict import read_yaml, write_yaml
-from megatron_skywork.convert.files.marker import check_link, list_files, sealed
+from megatron_skywork.convert.files.marker import check_link, list_files, sealed, sha256_of
 from megatron_skywork.convert.files.text_files import LARGEST_YAML_BYTES, json_object, text_of
 from megatron_skywork.convert.layouts import numel
 from megatron_skywork.convert.safety.shown import first_lines, shown
@@ -143,17 +142,6 @@ def carry_files(source: Path, target: Path, names: Iterable[str] = CARRIED_FILES
         check_link(source, source / name)
         shutil.copyfile(source / name, target / name)
     return found
-
-
-def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
-    """Hash of a file's content; `progress` is called with the number of bytes after each block."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            if progress is not None:
-                progress(len(block))
-    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, content: dict[str, Any], known_hashes: dict[str, str]) -> None:

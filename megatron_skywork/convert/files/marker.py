@@ -12,6 +12,7 @@ import json
 import os
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,17 @@ def blob_hash(path: Path) -> str | None:
     target = Path(os.path.realpath(path))
     is_blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir() and _HASH.fullmatch(target.name)
     return target.name if is_blob else None
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
+    """Hash of a file's content; `progress` is called with the number of bytes after each block."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
 
 
 def fsync(path: Path) -> None:

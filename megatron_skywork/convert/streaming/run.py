@@ -14,7 +14,8 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_skywork.convert.files.checkpoint_folder import sha256_of, versions
+from megatron_skywork.convert.files.checkpoint_folder import versions
+from megatron_skywork.convert.files.marker import sha256_of
 from megatron_skywork.convert.files.output_folder import check_space
 from megatron_skywork.convert.progress import Progress
 from megatron_skywork.convert.streaming.file_writer import FileRecord, FileWriter, Stopped
