@@ -89,7 +89,8 @@ def _number(text: str) -> float:
 def gpu_problems(gpus: list[dict[str, Any]], wanted: int, min_free_gib: float) -> list[str]:
     """What is wrong with a node's GPUs, numbered as nvidia-smi does."""
     if len(gpus) < wanted:
-        return [f"{len(gpus)} GPUs, and parallel.gpus_per_node is {wanted}"]
+        way_out = "" if gpus else "; to train on CPUs set launch.request_gpus=false"
+        return [f"{len(gpus)} GPUs, and parallel.gpus_per_node is {wanted}{way_out}"]
     problems = []
     for number, gpu in enumerate(gpus):
         if gpu["free_gib"] < min_free_gib:

@@ -61,6 +61,7 @@ def test_gpus_are_counted_and_looked_at(tmp_path: Path, monkeypatch: pytest.Monk
     gpus = list_gpus()
     assert [gpu["name"] for gpu in gpus] == ["NVIDIA H100", "NVIDIA H100", "NVIDIA GB10"]
     assert gpu_problems(gpus, 4, 1.0) == ["3 GPUs, and parallel.gpus_per_node is 4"]
+    assert gpu_problems([], 4, 1.0) == ["0 GPUs, and parallel.gpus_per_node is 4; to train on CPUs set launch.request_gpus=false"]
     busy, broken = gpu_problems(gpus[:2], 2, 1.0)
     assert "GPU 1 has 0.5 GiB free" in busy and "GPU 1 counts 3 memory errors" in broken
 
