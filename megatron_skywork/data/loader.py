@@ -12,11 +12,11 @@ neither repeats nor skips one. Nothing else is state: the position in the data i
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
-from multiprocessing.synchronize import Event
 from types import FrameType
 
 import torch
@@ -28,6 +28,8 @@ from megatron_skywork.config.schema import Config
 from megatron_skywork.data.datasets import build_train_dataset, build_valid_datasets
 
 PADDING = -1
+# What a scheduler or a terminal sends to every process of a job.
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class MicroBatches:
@@ -85,7 +87,13 @@ def build_train_loader(config: Config, *, dp_rank: int, dp_size: int, consumed_s
     batches = MicroBatches(consumed_samples, None, config.train.micro_batch_size, dp_rank, dp_size)
     # A step takes all its micro-batches at once, so all of the next one must be there by then; they are small beside anything else in memory.
     num_ahead = config.train.global_batch_size // (config.train.micro_batch_size * dp_size)
-    return iter(_loader(build_train_dataset(config), batches, config.data.num_workers, pin_memory, num_ahead))
+    loader = _loader(build_train_dataset(config), batches, config.data.num_workers, pin_memory, num_ahead)
+    # A signal to a loader process that is not yet prepared for it would end the process, perhaps with a lock that the others wait for.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SCHEDULER_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def build_valid_loaders(config: Config, *, dp_rank: int, dp_size: int, pin_memory: bool = False) -> dict[str, DataLoader]:
@@ -122,9 +130,14 @@ def _worker_signals() -> Callable[[int], None]:
     """Loader processes outlive the signals that ask a run to save and stop: a scheduler sends them to every process of a job, and the
     run cannot finish its step once a loader process is gone. They still end with the run, which sets `closing` first, and with a rank that is killed.
     """
-    closing: Event = multiprocessing.Event()
+    # A byte of shared memory: an Event has a lock, which a second signal would wait for while it interrupts the handler of the first.
+    closing = multiprocessing.RawValue(ctypes.c_bool, False)
+
+    def close() -> None:
+        closing.value = True
+
     # Registered after torch's and multiprocessing's own exit handlers, hence called before these terminate the processes.
-    atexit.register(closing.set)
+    atexit.register(close)
     rank = os.getpid()
 
     def prepare(_: int) -> None:
@@ -132,10 +145,11 @@ def _worker_signals() -> Callable[[int], None]:
         signal.set_wakeup_fd(-1)  # inherited: a signal to this process would be told to the rank's watchdog
 
         def stop_when_closing(number: int, frame: FrameType | None) -> None:
-            if closing.is_set():
+            if closing.value:
                 os._exit(0)
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        for number in SCHEDULER_SIGNALS:
             signal.signal(number, stop_when_closing)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SCHEDULER_SIGNALS)
 
     return prepare

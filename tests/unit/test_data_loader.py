@@ -328,15 +328,17 @@ def test_loader_processes_survive_the_signals_of_a_scheduler_and_end_with_the_ru
         from data_samples import data_config
         from megatron_skywork.data.loader import build_train_loader
         config = data_config(Path({str(tmp_path)!r}), {{"mock": True, "num_workers": 2}})
-        loader = build_train_loader(config, dp_rank=0, dp_size=1, consumed_samples=0)
-        next(loader)
-        children = [child.pid for child in multiprocessing.active_children()]
-        assert len(children) == 2
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP, signal.SIGUSR1):
-            for child in children:
-                os.kill(child, number)
-        for _ in range(10):
-            next(loader)
+        for trial in range(30):  # signals one right after the other, to processes that have only just begun
+            loader = build_train_loader(config, dp_rank=0, dp_size=1, consumed_samples=0)
+            children = [child.pid for child in multiprocessing.active_children()]
+            assert len(children) == 2
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP, signal.SIGUSR1):
+                for child in children:
+                    os.kill(child, number)
+            for _ in range(10):
+                next(loader)
+            if trial < 29:
+                loader._shutdown_workers()
         print(json.dumps(children))
     """))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
