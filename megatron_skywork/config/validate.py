@@ -248,8 +248,8 @@ def _narrow_precision(config: Config, world: int | None) -> Iterator[str]:
 
 # Fields that modules of Transformer Engine follow and those of the torch backend do not.
 _OF_TRANSFORMER_ENGINE = (
-    "activation_func_clamp_value", "cuda_graph_impl", "delay_wgrad_compute", "enable_cuda_graph", "external_cuda_graph", "glu_linear_offset",
-    "layernorm_zero_centered_gamma", "overlap_dispatch_backward_with_experts_wgrad", "softmax_type", "window_size",
+    "activation_func_clamp_value", "cuda_graph_impl", "defer_embedding_wgrad_compute", "delay_wgrad_compute", "enable_cuda_graph", "external_cuda_graph",
+    "glu_linear_offset", "layernorm_zero_centered_gamma", "overlap_dispatch_backward_with_experts_wgrad", "softmax_type", "window_size",
 )  # fmt: skip
 
 

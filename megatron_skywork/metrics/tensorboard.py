@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +26,50 @@ def require() -> None:
 
 
 class TensorBoardWriter:
-    """Writes scalars to `RUN_DIR/tensorboard`; on a resume, what an earlier process wrote beyond that step is hidden."""
+    """Writes scalars to `RUN_DIR/tensorboard`; on a resume, what an earlier process wrote beyond that step is hidden.
+
+    The record of a run is its JSONL file; when this copy cannot be written (a full disk), that is said once and the run goes on without it.
+    """
 
     def __init__(self, folder: Path, *, resume_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+        self._folder, self._has_failed = folder, False
+        with self._or_without():
+            self._writer = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
+
+    @contextlib.contextmanager
+    def _or_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as failure:
+            self._has_failed = True
+            print(f"warning: {self._folder}: {failure.strerror or failure}; the run goes on without TensorBoard, metrics.jsonl has everything", file=sys.stderr)
 
     def header(self, record: Mapping[str, Any]) -> None:
-        self._writer.add_text("header", f"```\n{json.dumps(record, indent=2, default=str)}\n```")
+        self._text("header", f"```\n{json.dumps(record, indent=2, default=str)}\n```", None)
 
     def step(self, record: Mapping[str, Any]) -> None:
-        for name, value in scalars(record):
-            self._writer.add_scalar(name, value, record["step"])
+        self._scalars(scalars(record), record["step"])
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        for name, value in evaluation_scalars(record):
-            self._writer.add_scalar(name, value, record["step"])
+        self._scalars(evaluation_scalars(record), record["step"])
 
     def event(self, record: Mapping[str, Any]) -> None:
-        self._writer.add_text("events", str(record["event"]), record["step"])
+        self._text("events", str(record["event"]), record["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        if not self._has_failed:
+            with self._or_without():
+                self._writer.close()
+
+    def _text(self, name: str, text: str, step: int | None) -> None:
+        if not self._has_failed:
+            with self._or_without():
+                self._writer.add_text(name, text, step)
+
+    def _scalars(self, values: Iterable[tuple[str, float]], step: int) -> None:
+        if not self._has_failed:
+            with self._or_without():
+                for name, value in values:
+                    self._writer.add_scalar(name, value, step)

@@ -114,7 +114,7 @@ def _from_path(config: Config, path: Path, data: dict[str, Any]) -> Start:
     if problem is not None:
         raise CheckpointError(f"resume.mode={path}: {problem}")
     start = from_first(lambda: _checked(config, path, data, [], continues=wanted))
-    aside = from_first(lambda: _set_aside(run_dir, read_state(path).train.step))
+    aside = from_first(lambda: _set_aside(run_dir, path, read_state(path).train.step))
     return replace(start, warnings=[*start.warnings, *aside])
 
 
@@ -122,17 +122,21 @@ def _passed_over(lines: list[str]) -> list[str]:
     return [f"passed over a damaged checkpoint: {line}" for line in lines]
 
 
-def _set_aside(run_dir: Path, step: int) -> list[str]:
-    """Give later checkpoints of the run folder another name: they are of a past that the run leaves, and `newest` must not return to it."""
+def _set_aside(run_dir: Path, path: Path, step: int) -> list[str]:
+    """Give checkpoints of the run folder that are not of the past gone on from (all, where that is another folder's) another name.
+
+    Neither `newest` nor a rewind must return to them.
+    """
     notes = []
+    is_own_past = path.resolve().parent == (run_dir / "checkpoints").resolve()
     for folder in step_folders(run_dir):
         number = folder.name.removeprefix("step_")
-        if number.isdigit() and int(number) > step:
+        if number.isdigit() and not (is_own_past and int(number) <= step):
             count, target = 1, folder.with_name(f"aside-{folder.name}")
             while target.exists():
                 count, target = count + 1, folder.with_name(f"aside-{folder.name}-{count + 1}")
             folder.rename(target)
-            notes.append(f"{folder} is of a later step than the checkpoint gone on from; it is now {target.name}, and nothing will load or remove it")
+            notes.append(f"{folder} is not of the past of the checkpoint gone on from; it is now {target.name}, and nothing will load or remove it")
     return notes
 
 

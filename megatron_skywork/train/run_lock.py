@@ -24,6 +24,7 @@ from typing import Any
 from megatron_skywork import lifeline
 from megatron_skywork.data.file_lock import exclusive
 from megatron_skywork.errors import EXIT_REFUSED, CheckpointError, ConfigError, UserError
+from megatron_skywork.train import signals
 
 FILE_NAME = "run.lock"
 BEAT_SECONDS = 15.0
@@ -120,6 +121,8 @@ class RunLock:
         last_sign = _modified(self._path)
         while (age := _age_seconds(self._path)) is not None and age <= STALE_SECONDS:
             time.sleep(min(1.0, STALE_SECONDS / 10))
+            if signals.is_held():
+                signals.release()  # nothing is begun that a signal would have to wait for: the process ends by it
             if _modified(self._path) != last_sign:
                 return _read(self._path) is None  # let go of; or it lives, or another one was faster
         return True

@@ -26,6 +26,11 @@ def hold() -> None:
         lifeline.die_with(parent if parent != 1 or _is_ours(parent) else -1)
 
 
+def is_held() -> bool:
+    """Whether a stop signal came while they are held back."""
+    return not signal.sigpending().isdisjoint(STOP_SIGNALS)
+
+
 def release() -> None:
     """Let signals through again; one that waited comes now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -92,6 +92,15 @@ def test_a_path_in_the_run_s_own_past_sets_the_later_ones_aside(ranks: RankPool,
     assert resumes == [2, 3]
 
 
+def test_a_path_of_another_run_sets_all_checkpoints_of_this_one_aside(ranks: RankPool, done: Path, tmp_path: Path) -> None:
+    """An earlier one would be what a rewind goes back to, or the next start, if the run dies before its first save."""
+    _copied(done, tmp_path / "run", 1)
+    path = step_folder(done / "done", 2)
+    ranks.run(1, live, _settings(done, tmp_path / "run", {"resume": {"mode": str(path)}, "checkpoint": {"every": 0}}), None, 1)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").glob("*step_*")] == ["aside-step_00000001"]
+    assert "holds no checkpoint" in str(ranks.run(1, attempt, _settings(done, tmp_path / "run"))[0])
+
+
 def test_fresh_weights_never_take_the_place_of_lost_ones(ranks: RankPool, done: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "done", tmp_path / "lost")
     shutil.rmtree(tmp_path / "lost" / "checkpoints")

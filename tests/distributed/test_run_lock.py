@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -161,3 +162,20 @@ def test_an_owner_that_was_taken_over_ends_and_leaves_the_lock(tmp_path: Path, m
     assert gone.wait(60) and set(codes) == {EXIT_REFUSED}
     lock.release()
     assert json.loads(other.read_text())["token"] == "theirs"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_ends_who_is_still_watching_an_owner(tmp_path: Path, number: signal.Signals) -> None:
+    owned(tmp_path, machine="another boot")
+    script = "import sys; from pathlib import Path; from megatron_skywork.train import run_lock, signals"
+    script += "; signals.hold(); run_lock.RunLock(Path(sys.argv[1]), True).take()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    watcher = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stderr=subprocess.PIPE, env=environment)
+    try:
+        assert watcher.stderr is not None and b"looking whether" in watcher.stderr.readline()
+        watcher.send_signal(number)
+        assert watcher.wait(timeout=30) == -number
+    finally:
+        watcher.kill()
+        watcher.communicate()
+    assert json.loads((tmp_path / FILE_NAME).read_text())["token"] == "theirs"

@@ -312,6 +312,26 @@ def test_tensorboard_events_are_written(tmp_path: Path):
     assert events.Scalars("evaluation_router/changed_experts/layer_001")[0].value == pytest.approx(0.25)
 
 
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    script = """
+import resource, sys
+from pathlib import Path
+from megatron_skywork.metrics.tensorboard import TensorBoardWriter
+writer = TensorBoardWriter(Path(sys.argv[1]), resume_step=None)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # no file may grow beyond it, as on a disk that is full
+for step in range(1, 3000):
+    writer.step({"kind": "step", "step": step, "loss": 1.0, "router": {"layers": [1]}})
+    writer.event({"event": "save", "step": step})
+writer.close()
+print("went on")
+"""
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "went on\n"), done.stderr
+    assert done.stderr.count("the run goes on without TensorBoard") == 1, done.stderr
+
+
 def test_wandb_id_is_kept(tmp_path: Path):
     assert run_id(tmp_path) == run_id(tmp_path) == (tmp_path / "wandb_id.txt").read_text().strip()
 
