@@ -26,7 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_skywork", "megatron_skywork.*"]),
-    package_data={"megatron_skywork": ["convert/skywork_moe_hf/*"]},
+    package_data={"megatron_skywork": ["convert/skywork_moe_hf/*", "plan/machines.yaml"]},
     include_package_data=False,
     install_requires=[
         "torch>=2.8",

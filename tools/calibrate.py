@@ -2,14 +2,22 @@
 """Measure what this machine's device really does, for the planner: matrix products, grouped products, attention, and memory, at sizes of real models.
 
 A data sheet's peak is never reached; how far below it a product stays depends on its size. So every rate is a point: the operation's sizes, and what it
-reached. Repetitions are timed with the device's own clock, inputs are random (products of zeros run faster), and buffers are larger than caches. The median
-is written. Links between devices are measured where the tool is started by torchrun on several ranks.
+reached. Repetitions are timed with the device's own clock, several in a row so that a GPU does not wait for the host, inputs are random (products of zeros run
+faster), and buffers are larger than caches. The median is written.
+
+What is written is a cluster: the planner takes the file as --cluster, and other cluster files can name it under `rates`. Links between devices are measured
+where the tool is started by torchrun on several ranks; all ranks then measure at the same time, as they would work in training. Ranks on one node give the
+link inside a node, on several the network.
+
+    python tools/calibrate.py --write machine.yaml
+    torchrun --nproc-per-node 8 tools/calibrate.py --write machine.yaml
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shlex
 import statistics
@@ -23,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_skywork import device  # noqa: E402
 from megatron_skywork.errors import ConfigError  # noqa: E402
+from megatron_skywork.plan.hardware import MEASURED, packaged_gpu  # noqa: E402
 from tool_main import finish  # noqa: E402
 
 # (rows, inner, columns) of a layer's products: tokens of a micro-batch by hidden sizes and FFN widths of 1B, 7B, 13B and Skywork-MoE models, and their parts
@@ -40,17 +49,32 @@ COPIES = [2**22, 2**25, 2**28, 2**30]
 SMALL = 32  # on a CPU every size is divided by this
 
 
-def seconds_of(work: Callable[[], Any], at_least: int, budget_seconds: float) -> float:
-    """Median time of one call, by the device's clock."""
+IN_A_ROW_SECONDS = 0.005  # of calls timed together on a GPU; the host's part of the first is then a few percent at most
+
+
+def seconds_of(work: Callable[[], Any], at_least: int, budget_seconds: float, in_a_row: int | None = None) -> float:
+    """Median time of one call, by the device's clock.
+
+    Args:
+        in_a_row: calls timed together; unset: as many as fill IN_A_ROW_SECONDS on a GPU, 1 on a CPU, which waits for nobody.
+    """
     for _ in range(2):
         work()
-    device.synchronize()
+    calls = in_a_row or 1
+    if in_a_row is None and device.has_gpu():
+        calls = math.ceil(IN_A_ROW_SECONDS / max(_timed(work, 1), IN_A_ROW_SECONDS / 1000))
     times: list[float] = []
-    while len(times) < at_least or (sum(times) < budget_seconds and len(times) < 50):
-        start = device.moment()
-        work()
-        times.append(device.seconds_between(start, device.moment()))
+    while len(times) < at_least or (sum(times) * calls < budget_seconds and len(times) < 50):
+        times.append(_timed(work, calls))
     return statistics.median(times)
+
+
+def _timed(work: Callable[[], Any], calls: int) -> float:
+    device.synchronize()
+    start = device.moment()
+    for _ in range(calls):
+        work()
+    return device.seconds_between(start, device.moment()) / calls
 
 
 class Calibration:
@@ -152,7 +176,7 @@ class Calibration:
                 "all_to_all": partial(distributed.all_to_all_single, target, source),
             }
             for name, call in calls.items():
-                seconds = seconds_of(call, 7, 0.0)  # every rank must repeat it as often
+                seconds = seconds_of(call, 7, 0.0, in_a_row=1)  # every rank must repeat it as often
                 points.append({"collective": name, "ranks": world, "bytes": source.nbytes, "seconds": seconds})
         return points
 
@@ -174,30 +198,45 @@ MEASUREMENTS = ("matmul", "grouped_matmul", "attention", "copy", "host_copy", "l
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything asked for, as the planner reads it."""
+    """Everything asked for, as a cluster that the planner reads."""
     device.prepare()
     import torch
 
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "RANK" in os.environ:
         device.select(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group(device.backend())
     calibration = Calibration(arguments.precision, arguments.seconds)
-    rates: dict[str, Any] = {}
+    points: dict[str, Any] = {}
     for name in arguments.only or MEASUREMENTS:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        points = getattr(calibration, name)()
-        rates[name] = [{key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in point.items()} for point in points]
-    return {
-        "device": device.name(), "devices": device.count(), "memory_bytes": device.total_memory_bytes(), "precision": arguments.precision,
-        "measured": {"command": shlex.join(["python", *sys.argv]), "torch": torch.__version__}, "rates": rates,
+        found = getattr(calibration, name)()
+        points[name] = [{key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in point.items()} for point in found]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    start = ["python"] if world == 1 else ["torchrun", "--nnodes", str(world // local), "--nproc-per-node", str(local)]
+    memory = device.total_memory_bytes() // (1 if device.has_gpu() else local)  # ranks on CPUs share one memory
+    rates = {
+        "device": device.name(), "memory_bytes": memory, "precision": arguments.precision,
+        "measured": {"command": shlex.join([*start, *sys.argv]), "torch": torch.__version__, "in_a_row": True}, **points,
     }  # fmt: skip
+    # Without torchrun the machine's other GPUs count if their link is a published one; ranks on CPUs are what torchrun started.
+    in_node = local if world > 1 else device.count() if packaged_gpu(device.name()) is not None else 1
+    cluster: dict[str, Any] = {"gpu": device.name(), "nodes": world // local, "gpus_per_node": in_node}
+    if points.get("links"):
+        cluster["inside" if world == local else "between"] = MEASURED
+    return {"cluster": {**cluster, "rates": rates}}
 
 
 def yaml_text(result: dict[str, Any]) -> str:
     """A line for every point."""
-    lines = [f"{key}: {json.dumps(value)}" for key, value in result.items() if key != "rates"] + ["rates:"]
-    for name, points in result["rates"].items():
-        lines += [f"  {name}:" + ("" if points else " []"), *(f"  - {json.dumps(point)}" for point in points)]
+    cluster = result["cluster"]
+    lines = ["cluster:", *(f"  {key}: {json.dumps(value)}" for key, value in cluster.items() if key != "rates"), "  rates:"]
+    for name, value in cluster["rates"].items():
+        if isinstance(value, list) and value:
+            lines += [f"    {name}:", *(f"      - {json.dumps(point)}" for point in value)]
+        else:
+            lines.append(f"    {name}: {json.dumps(value)}")
     return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ from memory_cases import CASES, settings  # noqa: E402
 
 from megatron_skywork.config.load import check_config  # noqa: E402
 from megatron_skywork.config.schema import Config  # noqa: E402
+from megatron_skywork.plan.hardware import load_cluster  # noqa: E402
+from megatron_skywork.plan.kernels import Kernels  # noqa: E402
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -24,14 +26,29 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_calibrate_writes_points(tmp_path: Path) -> None:
-    import yaml
-
-    done = run("tools/calibrate.py", "--seconds", "0.01", "--only", "grouped_matmul,copy,launch,links", "--write", str(tmp_path / "machine.yaml"))
+def test_calibrate_writes_a_cluster(tmp_path: Path) -> None:
+    path = tmp_path / "machine.yaml"
+    done = run("tools/calibrate.py", "--seconds", "0.01", "--write", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
-    found = yaml.safe_load((tmp_path / "machine.yaml").read_text())
-    assert found["device"] == "cpu" and found["rates"]["links"] == [] and found["rates"]["launch"][0]["seconds"] > 0
-    assert all(point["tflops"] > 0 for point in found["rates"]["grouped_matmul"]) and len(found["rates"]["copy"]) == 4
+    cluster = load_cluster(str(path))
+    assert (cluster.name, cluster.gpu.name, cluster.world_size) == ("machine", "cpu", 1)
+    rates = cluster.rates
+    assert (len(rates.matmul), len(rates.grouped_matmul), len(rates.attention), len(rates.copy_), rates.links) == (15, 6, 5, 4, [])
+    assert "calibrate.py" in rates.measured["command"] and rates.launch[0].seconds > 0
+    kernels = Kernels(cluster.gpu, rates, "bf16")
+    times = [kernels.matmul(256, 256, 256), kernels.grouped_matmul(4, 256, 64, 64), kernels.attention(1, 64, 4, 4, 64, backward=True), kernels.memory(1e6)]
+    assert all(0 < seconds < 1 for seconds in times)
+
+
+def test_calibrate_measures_links_under_torchrun(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    words = ["--nproc-per-node", "2", "tools/calibrate.py", "--seconds", "0.01", "--only", "matmul,copy,links", "--json", "--write", str(path)]
+    done = run("-m", "torch.distributed.run", "--standalone", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    cluster = load_cluster(str(path))
+    assert (cluster.nodes, cluster.gpus_per_node, cluster.inside.name) == (1, 2, "measured")
+    assert len(cluster.rates.links) == 9 and 1e6 < cluster.inside.bytes_per_second < 1e12
+    assert cluster.rates.measured["command"].startswith("torchrun --nnodes 1 --nproc-per-node 2 tools/calibrate.py")
 
 
 def test_a_wrong_name_is_answered() -> None:
