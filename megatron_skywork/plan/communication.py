@@ -58,6 +58,7 @@ class Traffic:
         what: in words.
         expected: exact where the router has no say, else for a balanced router.
         most: what no router can exceed.
+        calls: collectives in a step.
     """
 
     group: str
@@ -65,6 +66,7 @@ class Traffic:
     what: str
     expected: float
     most: float
+    calls: int
 
 
 def ring(operation: str, ranks: int, size: float) -> float:
@@ -78,10 +80,10 @@ def stage_traffic(config: Config, world_size: int, stage: int) -> list[Traffic]:
     Args:
         config: checked for this world size.
     """
-    p, cut = config.parallel, batch(config, world_size)
+    cut = batch(config, world_size)
     found = [*_tensor(config, stage, cut.micro_batches), *_router(config, stage, cut.micro_batches, cut.data_parallel)]
     found += [*_experts(config, stage, cut.micro_batches), *_pipeline(config, stage, cut.micro_batches)]
-    found += _parameters(config, stage, cut.data_parallel * p.cp, world_size // (p.etp * p.ep * p.pp))
+    found += parameter_traffic(config, world_size, stage)
     return [traffic for traffic in found if traffic.most]
 
 
@@ -92,8 +94,8 @@ def busiest_stage(config: Config, world_size: int) -> tuple[int, list[Traffic]]:
     return totals.index(max(totals)), stages[totals.index(max(totals))]
 
 
-def _exact(group: str, operation: str, what: str, sent: float) -> Traffic:
-    return Traffic(group, operation, what, sent, sent)
+def _exact(group: str, operation: str, what: str, sent: float, calls: int) -> Traffic:
+    return Traffic(group, operation, what, sent, sent, calls)
 
 
 def _tokens(config: Config) -> int:
@@ -125,10 +127,11 @@ def _tensor(config: Config, stage: int, micro_batches: int) -> Iterator[Traffic]
     tokens = _tokens(config)
     activations = tokens * config.model.hidden_size * COMPUTE_BYTES[config.train.precision]
     statistics = is_last * p.tp * 3 * tokens * FP32
-    yield _exact("tp", "all_gather", "activations, loss", micro_batches * ring("all_gather", p.tp, gathers * activations + statistics))
-    yield _exact("tp", "reduce_scatter", "activations", micro_batches * scatters * ring("reduce_scatter", p.tp, activations))
+    gathered = micro_batches * ring("all_gather", p.tp, gathers * activations + statistics)
+    yield _exact("tp", "all_gather", "activations, loss", gathered, micro_batches * (gathers + is_last))
+    yield _exact("tp", "reduce_scatter", "activations", micro_batches * scatters * ring("reduce_scatter", p.tp, activations), micro_batches * scatters)
     whole = sum(chunk.whole for chunk in held_parameters(config)[stage])
-    yield _exact("tp", "all_reduce", "gradients of norms and routers", ring("all_reduce", p.tp, whole * FP32))
+    yield _exact("tp", "all_reduce", "gradients of norms and routers", ring("all_reduce", p.tp, whole * FP32), 1)
 
 
 def _router(config: Config, stage: int, micro_batches: int, data_parallel: int) -> Iterator[Traffic]:
@@ -136,19 +139,41 @@ def _router(config: Config, stage: int, micro_batches: int, data_parallel: int) 
     if moe is None:
         return
     runs = [count for layer, count in forwards(config, stage, {"moe", "router"}) if layer in sparse]
-    tokens, ranks = config.train.micro_batch_size * config.data.seq_length, p.tp * p.cp
-    capacity = _capacity(config)
-    if moe.capacity_scope == "micro_batch" and capacity is not None and capacity < tokens:
-        priorities = ring("all_gather", ranks, tokens * moe.num_experts * FP32)
-        yield _exact("tp_cp", "all_gather", "priorities of tokens", micro_batches * sum(runs) * priorities)
-    scopes = [] if moe.aux_loss == "none" else [moe.aux_scope, *(extra.scope for extra in moe.extra_aux_losses)]
-    if {"sequence", "micro_batch"} & set(scopes):
-        sets = config.train.micro_batch_size if "sequence" in scopes else 1
-        sums = ring("all_reduce", ranks, sets * (2 * moe.num_experts + 1) * FP32)
-        yield _exact("tp_cp", "all_reduce", "sums of the auxiliary loss", micro_batches * len(runs) * sums)
+    ranks = p.tp * p.cp
+    for buffer in router_buffers(config):
+        calls = micro_batches * (sum(runs) if buffer.is_recomputed else len(runs))
+        yield _exact("tp_cp", buffer.operation, buffer.what, calls * ring(buffer.operation, ranks, buffer.num_bytes), calls)
+    scopes = _aux_scopes(config)
     if config.metrics.router or moe.adaptive.enabled or "global_batch" in scopes:
         window = 2 * moe.num_experts + ROUTER_SUMS + len(scopes)
-        yield _exact("tp_dp_cp", "all_reduce", "router state", ring("all_reduce", ranks * data_parallel, len(runs) * window * FLOAT64))
+        yield _exact("tp_dp_cp", "all_reduce", "router state", ring("all_reduce", ranks * data_parallel, len(runs) * window * FLOAT64), 1)
+
+
+@dataclass(frozen=True)
+class RouterBuffer:
+    """What the ranks that share a sequence tell each other in one MoE layer's router; `is_recomputed`: again where the router's forward is."""
+
+    operation: str
+    what: str
+    num_bytes: float
+    is_recomputed: bool
+
+
+def router_buffers(config: Config) -> Iterator[RouterBuffer]:
+    """Of one MoE layer and micro-batch."""
+    moe, t, capacity = config.moe, config.train, _capacity(config)
+    assert moe is not None
+    tokens, scopes = t.micro_batch_size * config.data.seq_length, _aux_scopes(config)
+    if moe.capacity_scope == "micro_batch" and capacity is not None and capacity < tokens:
+        yield RouterBuffer("all_gather", "priorities of tokens", tokens * moe.num_experts * FP32, True)
+    if {"sequence", "micro_batch"} & set(scopes):
+        sets = t.micro_batch_size if "sequence" in scopes else 1
+        yield RouterBuffer("all_reduce", "sums of the auxiliary loss", sets * (2 * moe.num_experts + 1) * FP32, False)
+
+
+def _aux_scopes(config: Config) -> list[str]:
+    moe = config.moe
+    return [] if moe is None or moe.aux_loss == "none" else [moe.aux_scope, *(extra.scope for extra in moe.extra_aux_losses)]
 
 
 def _capacity(config: Config) -> int | None:
@@ -172,27 +197,27 @@ def _experts(config: Config, stage: int, micro_batches: int) -> Iterator[Traffic
     if moe.dispatcher == "allgather":
         gathered = forward * (row + experts * (FP32 + BOOL)) + backward * row_fp32
         scattered = forward * row_fp32 + backward * (row + experts * FP32)
-        yield _exact("etp_ep", "all_gather", "tokens, probs and map; gradients of results", (ranks - 1) * tokens * gathered)
-        yield _exact("etp_ep", "reduce_scatter", "results; gradients of tokens", (ranks - 1) * tokens * scattered)
+        yield _exact("etp_ep", "all_gather", "tokens, probs and map; gradients of results", (ranks - 1) * tokens * gathered, 3 * forward + backward)
+        yield _exact("etp_ep", "reduce_scatter", "results; gradients of tokens", (ranks - 1) * tokens * scattered, forward + 2 * backward)
         return
     if not moe.pad_to_capacity:
-        yield _exact("etp_ep", "all_gather", "tokens of every expert", forward * (ranks - 1) * experts * INT64)
-    rows = _rows(config, tokens)
+        yield _exact("etp_ep", "all_gather", "tokens of every expert", forward * (ranks - 1) * experts * INT64, forward)
+    rows = routed_rows(config, tokens)
 
     def exchanged(out: float, into: float) -> float:
         # Rows leave by dispatch and by combine's way back; what came in leaves by combine and by dispatch's way back.
         return forward * (out * (row + FP32) + into * row) + backward * (out * row + into * (row + FP32))
 
     leaving = rows.balanced * (p.ep - 1) / p.ep
-    yield Traffic("ep", "all_to_all", "tokens and probs", exchanged(leaving, leaving), exchanged(rows.out, rows.into_from_others))
+    yield Traffic("ep", "all_to_all", "tokens and probs", exchanged(leaving, leaving), exchanged(rows.out, rows.into_from_others), 3 * (forward + backward))
     gathered, scattered = forward * (row + FP32) + backward * row_fp32, forward * row_fp32 + backward * (row + FP32)
     received, most = (p.etp - 1) * rows.balanced, (p.etp - 1) * rows.into
-    yield Traffic("etp", "all_gather", "rows and probs; gradients of results", received * gathered, most * gathered)
-    yield Traffic("etp", "reduce_scatter", "results; gradients of rows", received * scattered, most * scattered)
+    yield Traffic("etp", "all_gather", "rows and probs; gradients of results", received * gathered, most * gathered, 2 * forward + backward)
+    yield Traffic("etp", "reduce_scatter", "results; gradients of rows", received * scattered, most * scattered, forward + 2 * backward)
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Assignments of one rank in one MoE layer and micro-batch: kept by a balanced router, and the most that leave, come in, and come from other ranks."""
 
     balanced: float
@@ -201,23 +226,24 @@ class _Rows:
     into_from_others: float
 
 
-def _rows(config: Config, tokens: int) -> _Rows:
+def routed_rows(config: Config, tokens: int) -> Rows:
+    """Of a rank with `tokens` tokens, for one MoE layer and micro-batch."""
     moe, p = config.moe, config.parallel
     assert moe is not None
     routed, capacity = tokens * moe.topk, _capacity(config)
     here = moe.num_experts // p.ep
     elsewhere = moe.num_experts - here
     if moe.pad_to_capacity and capacity is not None:
-        return _Rows(moe.num_experts * capacity, elsewhere * capacity, p.ep * here * capacity, (p.ep - 1) * here * capacity)
+        return Rows(moe.num_experts * capacity, elsewhere * capacity, p.ep * here * capacity, (p.ep - 1) * here * capacity)
     out, from_one = tokens * min(moe.topk, elsewhere), tokens * min(moe.topk, here)
     if capacity is None:
-        return _Rows(routed, out, p.ep * from_one, (p.ep - 1) * from_one)
+        return Rows(routed, out, p.ep * from_one, (p.ep - 1) * from_one)
     by_rank = moe.capacity_scope == "rank" or p.tp * p.cp == 1
     slots = moe.num_experts * capacity / (1 if by_rank else p.tp * p.cp)
     # The slots of an expert are there once for every rank, or once for every micro-batch that meets in the group.
     times = p.ep if by_rank else min(p.ep, -(-p.ep * p.etp // (p.tp * p.cp)) + (p.ep * p.etp % (p.tp * p.cp) > 0))
     limit = here * min(capacity, tokens * (1 if by_rank else p.tp * p.cp))
-    return _Rows(
+    return Rows(
         min(routed, slots), min(out, elsewhere * min(capacity, tokens)), min(p.ep * from_one, times * limit),
         min((p.ep - 1) * from_one, (times - by_rank) * limit),
     )  # fmt: skip
@@ -229,32 +255,35 @@ def _pipeline(config: Config, stage: int, micro_batches: int) -> Iterator[Traffi
         return
     activations = _tokens(config) // p.tp * config.model.hidden_size * COMPUTE_BYTES[config.train.precision]
     sends = 2 * p.vpp - is_first - is_last
-    yield _exact("pp", "send", "activations and their gradients", micro_batches * sends * activations)
+    yield _exact("pp", "send", "activations and their gradients", micro_batches * sends * activations, micro_batches * sends)
     if config.model.tie_embeddings and (is_first or is_last):
         size = sum(chunk.shared_embedding for chunk in held_parameters(config)[stage]) * FP32
-        yield _exact("embedding", "all_reduce", "gradients of tied embeddings", ring("all_reduce", 2, size))
+        yield _exact("embedding", "all_reduce", "gradients of tied embeddings", ring("all_reduce", 2, size), 1)
 
 
-def _parameters(config: Config, stage: int, ranks: int, expert_ranks: int) -> Iterator[Traffic]:
+def parameter_traffic(config: Config, world_size: int, stage: int) -> Iterator[Traffic]:
+    """What a rank of a stage sends once a step for its gradients and parameters."""
+    p = config.parallel
+    ranks, expert_ranks = world_size // (p.tp * p.pp), world_size // (p.etp * p.ep * p.pp)
     size = COMPUTE_BYTES[config.train.precision]
     chunks = held_parameters(config)[stage]
-    dense = [_buffers(chunk, ranks, is_fp32=size == FP32) for chunk in chunks]
+    dense = [buffer_numbers(chunk, ranks, is_fp32=size == FP32) for chunk in chunks]
     half, fp32 = (sum(column) for column in zip(*dense, strict=True))
-    experts = sum(_padded(chunk.experts, expert_ranks) for chunk in chunks)
-    yield _exact("dp_cp", "reduce_scatter", "gradients", ring("reduce_scatter", ranks, (half + fp32) * FP32))
-    yield _exact("dp_cp", "all_gather", "parameters", ring("all_gather", ranks, half * size + fp32 * FP32))
-    yield _exact("expert_dp", "reduce_scatter", "gradients of experts", ring("reduce_scatter", expert_ranks, experts * FP32))
-    yield _exact("expert_dp", "all_gather", "parameters of experts", ring("all_gather", expert_ranks, experts * size))
+    experts = sum(padded(chunk.experts, expert_ranks) for chunk in chunks)
+    yield _exact("dp_cp", "reduce_scatter", "gradients", ring("reduce_scatter", ranks, (half + fp32) * FP32), len(chunks))
+    yield _exact("dp_cp", "all_gather", "parameters", ring("all_gather", ranks, half * size + fp32 * FP32), len(chunks))
+    yield _exact("expert_dp", "reduce_scatter", "gradients of experts", ring("reduce_scatter", expert_ranks, experts * FP32), len(chunks))
+    yield _exact("expert_dp", "all_gather", "parameters of experts", ring("all_gather", expert_ranks, experts * size), len(chunks))
 
 
-def _buffers(chunk: HeldParameters, ranks: int, *, is_fp32: bool) -> tuple[int, int]:
+def buffer_numbers(chunk: HeldParameters, ranks: int, *, is_fp32: bool) -> tuple[int, int]:
     """Numbers in the compute precision and in fp32 that a chunk's buffers for all but experts hold, padded; a shared embedding has a bucket of its own."""
-    shared, rest = _padded(chunk.shared_embedding, ranks), chunk.dense - chunk.shared_embedding
+    shared, rest = padded(chunk.shared_embedding, ranks), chunk.dense - chunk.shared_embedding
     if is_fp32:
-        return 0, shared + _padded(rest + chunk.routers, ranks)
-    return shared + _padded(rest, ranks), _padded(chunk.routers, ranks)
+        return 0, shared + padded(rest + chunk.routers, ranks)
+    return shared + padded(rest, ranks), padded(chunk.routers, ranks)
 
 
-def _padded(count: int, ranks: int) -> int:
+def padded(count: int, ranks: int) -> int:
     multiple = math.lcm(ranks, BUFFER_MULTIPLE)
     return -(-count // multiple) * multiple
