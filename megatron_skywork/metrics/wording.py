@@ -15,6 +15,19 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+def sized(num_bytes: float) -> str:
+    """263000000000 -> `263.0 GB`, in powers of ten."""
+    for size, unit in _UNITS:
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {'G' if unit == 'B' else unit}B"
+    return f"{num_bytes:.0f} bytes"
+
+
+def gibibytes(num_bytes: float) -> str:
+    """85520809984 -> `79.6 GiB`, for memory, as torch and nvidia-smi count it; less than one in MiB."""
+    return f"{num_bytes / 2**30:.1f} GiB" if abs(num_bytes) >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
 def duration(seconds: float) -> str:
     """`8.1 s`, `2m 46s`, `1h 04m`, `3d 02h`: two units at most, because nobody plans by the second an hour ahead."""
     if not math.isfinite(seconds):
