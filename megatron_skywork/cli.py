@@ -22,6 +22,7 @@ USAGE = """\
 Examples:
   torchrun --nproc-per-node 8 launch/pretrain_moe.py --config configs/tiny.yaml parallel.ep=8 optim.lr=3e-4
   python launch/pretrain_moe.py --config configs/skywork_moe_146b.yaml --dry-run --world-size 1536
+  python launch/pretrain_moe.py --config configs/skywork_moe_146b.yaml --dry-run --cluster configs/clusters/a800_192x8.yaml
 
 Several --config files are merged in order, later ones win field by field. An override section.field=value sets exactly what it names; the value is
 YAML, so lists and mappings work too: 'parallel.layers_per_stage=[3, 5]'. Exit codes: 0 done, 2 a setting is wrong, 3 a file was refused, 1 anything else,
@@ -45,7 +46,9 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML file with settings; may be given several times")
     parser.add_argument("--dry-run", action="store_true", help="check the settings, print the plan (parameters, FLOPs, groups) and exit; needs no GPU")
-    parser.add_argument("--world-size", type=int, metavar="W", help="number of ranks the dry run is for (default: the variable WORLD_SIZE, or 1)")
+    parser.add_argument("--world-size", type=int, metavar="W", help="number of ranks the dry run is for (default: the cluster's GPUs, WORLD_SIZE, or 1)")
+    parser.add_argument(
+        "--cluster", metavar="FILE", help="with --dry-run: the machine it is for, which gives the speed and whether it fits (configs/clusters)")
     parser.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     parser.add_argument(
         "--check-replicas", type=int, metavar="N", help="every N steps compare the copies of parameters on several ranks (the setting train.check_replicas)")
@@ -110,6 +113,7 @@ def _answer(arguments: Sequence[str]) -> int:
     from megatron_skywork.config.load import load_config, stated_run_dir
     from megatron_skywork.config.manual import manual_text
     from megatron_skywork.plan.describe import describe, plan_text
+    from megatron_skywork.plan.hardware import load_cluster
 
     parser = build_parser()
     if "-h" in arguments or "--help" in arguments:
@@ -118,7 +122,10 @@ def _answer(arguments: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(list(arguments))
     if options.json and not options.dry_run:
         parser.error("--json goes with --dry-run")
-    world_size = world_size_from(options.world_size, os.environ, options.dry_run)
+    if options.cluster is not None and not options.dry_run:
+        parser.error("--cluster goes with --dry-run")
+    cluster = None if options.cluster is None else load_cluster(options.cluster)
+    world_size = world_size_from(cluster.world_size if cluster and options.world_size is None else options.world_size, os.environ, options.dry_run)
     overrides = [*options.overrides, *([] if options.check_replicas is None else [f"train.check_replicas={options.check_replicas}"])]
     try:
         config = load_config(options.config, overrides, world_size)
@@ -127,7 +134,7 @@ def _answer(arguments: Sequence[str]) -> int:
             status.refuse(stated_run_dir(options.config, overrides), error)
         raise
     if options.dry_run:
-        show(json.dumps(describe(config, world_size), indent=1) if options.json else plan_text(config, world_size))
+        show(json.dumps(describe(config, world_size, cluster), indent=1) if options.json else plan_text(config, world_size, cluster))
         return EXIT_DONE
     ended = status.ended_for_good(Path(config.run_dir))
     if ended is not None:

@@ -7,8 +7,11 @@ from typing import Any
 
 from megatron_skywork.config.load import dump_config
 from megatron_skywork.config.schema import Config
+from megatron_skywork.metrics.wording import sized
 from megatron_skywork.plan.communication import busiest_stage
+from megatron_skywork.plan.describe_estimate import memory_lines, memory_record, part_of, speed_lines, speed_record
 from megatron_skywork.plan.flops import formula_text, forward_flops_per_token, report_flops_per_token, train_flops_per_token
+from megatron_skywork.plan.hardware import Cluster
 from megatron_skywork.plan.parameters import count_parameters, stage_parameters
 from megatron_skywork.plan.stages import batch, recomputed_layers, stage_chunks
 from megatron_skywork.plan.topology import NAMES, Groups, coincidences, config_groups
@@ -22,13 +25,15 @@ def billions(count: int) -> str:
     return str(count)
 
 
-def _sized(num_bytes: float) -> str:
-    """263000000000 as `263.0 GB`."""
-    return billions(round(num_bytes)).replace(" B", " G") + "B" if num_bytes >= 1000 else f"{num_bytes:.0f} bytes"
+def describe(config: Config, world_size: int, cluster: Cluster | None = None) -> dict[str, Any]:
+    """Everything `--dry-run` reports, ready for JSON; layers and stages count from 1, ranks and nodes from 0.
 
+    Args:
+        cluster: what it would run on; None leaves its speed open.
 
-def describe(config: Config, world_size: int) -> dict[str, Any]:
-    """Everything `--dry-run` reports, ready for JSON; layers and stages count from 1, ranks and nodes from 0."""
+    Raises:
+        ConfigError: the cluster has no such number of GPUs.
+    """
     p, count, cut = config.parallel, count_parameters(config), batch(config, world_size)
     chunks, again, per_rank = stage_chunks(config), recomputed_layers(config), stage_parameters(config)
     groups = config_groups(config, world_size)
@@ -51,6 +56,8 @@ def describe(config: Config, world_size: int) -> dict[str, Any]:
                   "micro_batch_size": config.train.micro_batch_size, "steps": config.train.steps, "total_tokens": cut.tokens_per_step * config.train.steps},
         "groups": [_group_record(group, p.gpus_per_node) for group in groups.values()],
         "traffic": _traffic_record(config, world_size),
+        "memory": memory_record(config, world_size, cluster),
+        "speed": None if cluster is None else speed_record(config, part_of(cluster, world_size)),
         "same_groups": [list(pair) for pair in coincidences(groups)],
         "notes": notes(config, world_size),
     }
@@ -83,11 +90,16 @@ def notes(config: Config, world_size: int) -> list[str]:
     return said
 
 
-def plan_text(config: Config, world_size: int) -> str:
-    """The dry run as text."""
-    plan = describe(config, world_size)
-    blocks = [
-        ("Resolved configuration", dump_config(config).rstrip().splitlines()),
+def plan_text(config: Config, world_size: int, cluster: Cluster | None = None) -> str:
+    """The dry run as text; the arguments are `describe`'s."""
+    resolved = ("Resolved configuration", dump_config(config).rstrip().splitlines())
+    found = [resolved, *blocks(describe(config, world_size, cluster), config)]
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in found)
+
+
+def blocks(plan: dict[str, Any], config: Config) -> list[tuple[str, list[str]]]:
+    """The parts of `describe`'s dictionary that have something to say, each a title and lines."""
+    found = [
         ("Parameters", _parameter_lines(plan["parameters"])),
         ("Floating-point operations per token", _flops_lines(plan["flops_per_token"])),
         ("Layout", _layout_lines(plan, config)),
@@ -95,9 +107,11 @@ def plan_text(config: Config, world_size: int) -> str:
         ("Process groups", _group_lines(plan, config)),
         ("Bytes sent by a rank in a step", _traffic_lines(plan["traffic"], plan["layout"])),
         ("Batch", _batch_lines(plan["batch"], plan["layout"]["dp"])),
+        ("Memory of a rank", memory_lines(plan["memory"])),
+        ("Speed", speed_lines(plan["speed"]) if plan["speed"] else []),
         ("Notes", plan["notes"]),
     ]
-    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in blocks if lines)
+    return [(title, lines) for title, lines in found if lines]
 
 
 def _parameter_lines(parameters: dict[str, Any]) -> list[str]:
@@ -174,10 +188,10 @@ def _traffic_lines(traffic: dict[str, Any], layout: dict[str, Any]) -> list[str]
     if not kinds:
         return []
     where = f"; stage {traffic['stage']} of {layout['pp']} sends most" if layout["pp"] > 1 else ""
-    lines = [f"{_sized(traffic['expected_bytes'])}, as rings send them, without single numbers{where}"]
+    lines = [f"{sized(traffic['expected_bytes'])}, as rings send them, without single numbers{where}"]
     for kind in kinds:
-        most = f"  (balanced; at most {_sized(kind['most'])})" if kind["most"] > kind["expected"] else ""
-        lines.append(f"{kind['group']:<9} {kind['operation']:<14} {_sized(kind['expected']):>10}  {kind['what']}{most}")
+        most = f"  (balanced; at most {sized(kind['most'])})" if kind["most"] > kind["expected"] else ""
+        lines.append(f"{kind['group']:<9} {kind['operation']:<14} {sized(kind['expected']):>10}  {kind['what']}{most}")
     return lines + ["context parallelism's exchange of keys and values is not counted"] * (layout["cp"] > 1)
 
 

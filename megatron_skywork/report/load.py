@@ -32,7 +32,7 @@ class Run:
     header: dict[str, Any]
     steps_S: np.ndarray
     scalars: dict[str, np.ndarray]
-    """Name -> [S]; phases of a step as `seconds.NAME`."""
+    """Name -> [S]; phases of a step as `seconds.NAME`, of the pipeline `pipeline.NAME`, with the stage (from 0) behind it where there is one per stage."""
     evaluations: dict[str, tuple[np.ndarray, np.ndarray]]
     """Validation set -> steps, losses."""
     events: list[dict[str, Any]]
@@ -125,6 +125,9 @@ class _Reader:
     def _take_step(self, step: int, record: dict[str, Any]) -> None:
         values = {key: _number(value) for key, value in record.items() if key != "step" and (value is None or isinstance(value, (int, float)))}
         values.update({f"seconds.{key}": _number(value) for key, value in (record.get("seconds") or {}).items()})
+        for key, value in (record.get("pipeline") or {}).items():
+            values.update({f"pipeline.{key}.{stage}": _number(item) for stage, item in enumerate(value)} if isinstance(value, list)
+                          else {f"pipeline.{key}": _number(value)})  # fmt: skip
         self.steps[step] = values
         if record.get("nonfinite"):
             self.nonfinite.add(step)

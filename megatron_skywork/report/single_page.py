@@ -12,14 +12,19 @@ from megatron_skywork.report.gate_plots import depth_plot, expert_plots, gate_pl
 from megatron_skywork.report.key_figures import key_figures
 from megatron_skywork.report.load import Run
 from megatron_skywork.report.load_plots import load_plots
+from megatron_skywork.report.prediction import Comparison, comparison_section
 from megatron_skywork.report.style import Plot
 from megatron_skywork.report.summary import summary_section
 from megatron_skywork.report.tables import layer_table
 from megatron_skywork.report.training_plots import training_plots
 
 
-def single_page(run: Run, summary: Mapping[str, Any] | None) -> tuple[str, str, list[Plot]]:
-    """Title, body and plots of the report of one run."""
+def single_page(run: Run, summary: Mapping[str, Any] | None, comparison: Comparison) -> tuple[str, str, list[Plot]]:
+    """Title, body and plots of the report of one run.
+
+    Args:
+        comparison: what was foreseen of it, beside what it measured.
+    """
     depth = depth_plot(run)
     sections = {
         "Training": training_plots(run),
@@ -37,6 +42,8 @@ def single_page(run: Run, summary: Mapping[str, Any] | None) -> tuple[str, str, 
             parts += [f"<h2>{heading}</h2>", page.plot_grid(plots)]
     if run.router is not None:
         parts += ["<h2>Layers at the end of the run</h2>", page.plot_grid([depth]) if depth else "", f'<div class="after">{layer_table(run.router)}</div>']
+    if comparison.rows:
+        parts += ["<h2>Predicted and measured</h2>", comparison_section(comparison)]
     formulas = run.header.get("formulas")
     if isinstance(formulas, Mapping) and formulas:
         parts.append(f'<h2>How the speed is computed</h2><div class="card">{page.pairs(formulas)}</div>')

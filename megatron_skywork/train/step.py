@@ -36,6 +36,7 @@ from megatron_skywork.moe.router_state import (
 from megatron_skywork.optim.build import learning_rate, set_rates
 from megatron_skywork.optim.step import OptimizerStep
 from megatron_skywork.train.loss_spikes import LossWindow, Spike
+from megatron_skywork.train.pipeline_clock import PipelineClock
 from megatron_skywork.train.replicas import ReplicaCheck
 
 Batch = dict[str, Tensor]
@@ -80,6 +81,7 @@ class TrainStep:
     Attributes:
         losses: those of the last steps, which spikes stand out from.
         replicas: compares copies of parameters.
+        clock: of the pipeline, where there is one.
     """
 
     def __init__(self, config: Config, chunks: list[Any], optimizer: Any, num_micro_batches: int, timer: PhaseTimer):
@@ -90,6 +92,9 @@ class TrainStep:
         observe(self._routers, health=config.metrics.router)
         self.losses, self.replicas = LossWindow(config.spikes), ReplicaCheck(chunks)
         connect_schedule(config, chunks, optimizer)
+        self.clock: PipelineClock | None = None
+        if config.parallel.pp > 1:
+            self.clock = chunks[0].config.timers = PipelineClock(parallel.coordinates().pp, config.parallel.pp)
 
     def __call__(self, step: int, loader: Iterator[Batch]) -> StepResult:
         """Do step number `step` with the next micro-batches."""
@@ -100,6 +105,8 @@ class TrainStep:
                 chunk.zero_grad_buffer()
             schedule_coefficients(self._routers, step)
             biases = expert_biases(self._routers)
+            if self.clock is not None:
+                self.clock.begin()
             loss_sum, num_tokens = run_schedule(self._config, self._chunks, batches, forward_only=False)
         with self._timer.phase("optimizer"):
             rate = learning_rate(step, self._config.optim, self._config.train.steps)

@@ -32,6 +32,8 @@ from megatron_skywork.plan.parameters import count_parameters
 from megatron_skywork.train.answers import Answers, refuse_differing_copies
 from megatron_skywork.train.evaluate import evaluate
 from megatron_skywork.train.phases import EVALUATION, LOAD, SAVE, Phases
+from megatron_skywork.train.pipeline_clock import FORMULAS as PIPELINE_FORMULAS
+from megatron_skywork.train.pipeline_clock import pipeline_record
 from megatron_skywork.train.resume import find_start
 from megatron_skywork.train.step import Batch, StepResult, TrainStep
 
@@ -132,7 +134,8 @@ class Training:
                 "device": device.name(),
                 "formulas": formulas(
                     flops_per_token=flops, flops_formula=formula_text(config), num_devices=self.place.world_size, device_name=device.name(), peak=peak
-                ),
+                )
+                | (PIPELINE_FORMULAS if config.parallel.pp > 1 else {}),
             }
         )
 
@@ -162,6 +165,8 @@ class Training:
         for name, seconds in self.timer.take().items():
             self.buffer.add(f"seconds.{name}", seconds / self._unrecorded_steps, "max")
         self._unrecorded_steps = 0
+        if self.step.clock is not None:
+            self.step.clock.add_to(self.buffer)
         reduced = self.buffer.reduce()
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
         speed = throughput(
@@ -182,6 +187,8 @@ class Training:
             "seconds": {name.removeprefix("seconds."): value for name, value in reduced.items() if name.startswith("seconds.")},
             "skipped": not result.applied,
         }
+        if self.step.clock is not None:
+            record["pipeline"] = pipeline_record(reduced)
         if self.config.moe is not None and self.config.metrics.router:
             record["router"] = gather_router_metrics(result.routers, parallel_state.get_pipeline_model_parallel_group())
         self.writers.step(record)
