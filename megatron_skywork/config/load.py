@@ -48,6 +48,20 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = (), worl
     return config
 
 
+def unchecked_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """A configuration whose values are possible one by one, rules between them not applied: what a nearby valid one is looked for from.
+
+    Raises:
+        ConfigError: a value is not possible.
+    """
+    values, origins, problems = _gather(paths, overrides)
+    if not problems:
+        config, problems, _ = _check(values, origins)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
 def stated_run_dir(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> str | None:
     """The run's folder that a configuration names, also one that is wrong elsewhere; None where it names none."""
     stated = _gather(paths, overrides)[0].get("run_dir")
