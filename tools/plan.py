@@ -34,6 +34,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     orders = ["1f1b", "interleaved", "zero-bubble"]
     parser.add_argument("--schedule", choices=orders, help="another order than the trainer's; zero-bubble is a what-if that it cannot run")
     parser.add_argument("--search", action="store_true", help="look for better layouts: all degrees, splits and recomputation that fit")
+    looked = "how long to look (default 40); what was not come to is counted, with its bound"
+    parser.add_argument("--search-seconds", type=float, default=40.0, metavar="S", help=looked)
     parser.add_argument("--vary", default="", metavar="WHAT", help="with --search also: capacity, precision (with a comma between)")
     parser.add_argument("--write", metavar="FILE", help="with --search: the best plan's settings, which the trainer runs as they are")
     parser.add_argument("--tokens", metavar="COUNT", help="tokens to train on, e.g. 3T, instead of what train.steps comes to")
@@ -50,7 +52,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_skywork.plan import answer
 
     wanted = answer.Wanted(
-        schedule=arguments.schedule, search=arguments.search, vary=tuple(filter(None, arguments.vary.split(","))), write=arguments.write,
+        schedule=arguments.schedule, search=arguments.search, search_seconds=arguments.search_seconds,
+        vary=tuple(filter(None, arguments.vary.split(","))), write=arguments.write,
         tokens=arguments.tokens, gpu_hour_price=arguments.gpu_hour_price, dense_tokens=arguments.dense_tokens, html=arguments.html, png=arguments.png,
     )  # fmt: skip
     return answer.plan(arguments.config, arguments.overrides, arguments.cluster, arguments.nodes, wanted, progress)

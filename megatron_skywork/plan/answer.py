@@ -49,6 +49,7 @@ class Wanted:
 
     schedule: str | None = None
     search: bool = False
+    search_seconds: float = 40.0
     vary: tuple[str, ...] = ()
     write: str | None = None
     tokens: str | None = None
@@ -60,6 +61,8 @@ class Wanted:
     def __post_init__(self) -> None:
         problems = [f"--vary={name}: cannot be varied; use {' or '.join(VARY)}" for name in self.vary if name not in VARY]
         problems += [f"{option} goes with --search" for option, given in (("--vary", self.vary), ("--write", self.write)) if given and not self.search]
+        if not self.search_seconds > 0:
+            problems.append(f"--search-seconds={self.search_seconds:g}: must be above 0")
         if self.write and Path(self.write).exists():
             problems.append(f"--write={self.write}: exists; give another name, or move it away")
         if problems:
@@ -112,7 +115,7 @@ def plan(paths: Sequence[str], overrides: Sequence[str], cluster: str, nodes: in
         found = nearest_record(near) if isinstance(near, Nearest) else None
         add("nearest", "It does not fit", found, [*near.reasons, *nearest_lines(near)] if isinstance(near, Nearest) else near)
     if wanted.search:
-        best = search(config, machine, vary=wanted.vary, progress=progress)
+        best = search(config, machine, vary=wanted.vary, progress=progress, most_seconds=wanted.search_seconds)
         add("search", "The best layouts", search_record(best), [*search_lines(best), *_written(best, wanted)])
     whole, title = "\n\n".join(text), f"{Path(config.run_dir).name or 'a run'} on {machine.name}"
     if wanted.html is not None:

@@ -10,7 +10,7 @@ Each kernel has one free number, the share e of the peak P (or x of the memory b
 with l the launch of a kernel and b the bytes of a number. Traffic and products are added, though hardware overlaps a part of them: over the 15 products
 measured on an H100 (docs/measurements/h100_rates.yaml) that is off by 5.5 % in the mean and 14.5 % at most, and by 5.9 % and 14.8 % for a point that was
 left out of the fit. A free launch time or a free size at which products saturate fit those points better and the left-out ones worse (21 to 59 % at most), as
-does interpolation between points (8 %, 40 %). Grouped products: 6.9 % and 17 %, left out 8.3 % and 22 %. tests/unit/test_kernels.py holds these figures.
+does interpolation between points (8 %, 40 %). Grouped products: 6.9 % and 17 %, left out 8.3 % and 22 %. tests/unit/test_kernel_times.py holds these figures.
 
 Short sequences keep attention from its rate. s is fitted beside e where three points or more tell them apart (FlashAttention-2 on an A100: 259 forward, 558
 backward, within 4 %); else it is 380 tokens, from cuDNN's curves on an H100, 512 to 16384 tokens at head width 128 (FlashAttention-3, arXiv 2407.08608,

@@ -237,7 +237,8 @@ def _own(config: Config, cluster: Cluster, room: float, plans: list[Plan], every
     share = step / plans[0].estimate.step_seconds - 1
     same = next((number for number, plan in enumerate(plans, start=1) if plan.layout == layout_of(config)), None)
     where = f"the given layout is number {same} of these" if same else "the given layout is not among these"
-    how = "no slower than the best" if share <= 1e-9 else f"{100 * share:.1f} % slower than the best as it is given{compared(foreseen, plans[0].estimate)}"
+    slower = compared(foreseen, plans[0].estimate).removeprefix("; ") or f"{100 * share:.1f} % slower than the best"
+    how = "no slower than the best" if share <= 1e-9 else slower
     return Own(foreseen, at_least, at_most, f"{where}: {how}")
 
 
