@@ -39,6 +39,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--vary", default="", metavar="WHAT", help="with --search also: capacity, precision (with a comma between)")
     parser.add_argument("--write", metavar="FILE", help="with --search: the best plan's settings, which the trainer runs as they are")
     parser.add_argument("--tokens", metavar="COUNT", help="tokens to train on, e.g. 3T, instead of what train.steps comes to")
+    parser.add_argument("--days", type=float, metavar="D", help="also: tokens in so many days, and GPUs for the target in so many days")
+    parser.add_argument("--failures", metavar="RATE", help="GPU-hours per failure, or a published rate: llama3 (default), rsc1, rsc2, rsc1_jobs, opt, bloom")
     parser.add_argument("--gpu-hour-price", type=float, metavar="PRICE", help="of one GPU for an hour, in any currency")
     parser.add_argument("--dense-tokens", metavar="COUNT", help="tokens the dense model was trained on: upcycle it, or train from scratch?")
     parser.add_argument("--html", metavar="FILE", help="the plan as a page, with the pipeline drawn")
@@ -54,7 +56,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = answer.Wanted(
         schedule=arguments.schedule, search=arguments.search, search_seconds=arguments.search_seconds,
         vary=tuple(filter(None, arguments.vary.split(","))), write=arguments.write,
-        tokens=arguments.tokens, gpu_hour_price=arguments.gpu_hour_price, dense_tokens=arguments.dense_tokens, html=arguments.html, png=arguments.png,
+        tokens=arguments.tokens, days=arguments.days, failures=arguments.failures, gpu_hour_price=arguments.gpu_hour_price,
+        dense_tokens=arguments.dense_tokens, html=arguments.html, png=arguments.png,
     )  # fmt: skip
     return answer.plan(arguments.config, arguments.overrides, arguments.cluster, arguments.nodes, wanted, progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -11,9 +12,10 @@ from typing import Any
 from megatron_skywork.config.load import load_config, unchecked_config
 from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
+from megatron_skywork.metrics.wording import count
 from megatron_skywork.plan import forecast, gantt
-from megatron_skywork.plan.budget import Budget, budget, budget_lines, budget_record
-from megatron_skywork.plan.checkpoint_interval import save_cost
+from megatron_skywork.plan.budget import DAY_SECONDS, Budget, budget, budget_lines, budget_record, gpus_for, tokens_in
+from megatron_skywork.plan.checkpoint_interval import DEFAULT_RATE, failure_rate, save_cost
 from megatron_skywork.plan.describe import blocks, describe
 from megatron_skywork.plan.estimate import Estimate, estimate
 from megatron_skywork.plan.expert_layouts import expert_layouts
@@ -53,6 +55,8 @@ class Wanted:
     vary: tuple[str, ...] = ()
     write: str | None = None
     tokens: str | None = None
+    days: float | None = None
+    failures: str | None = None
     gpu_hour_price: float | None = None
     dense_tokens: str | None = None
     html: str | None = None
@@ -63,6 +67,8 @@ class Wanted:
         problems += [f"{option} goes with --search" for option, given in (("--vary", self.vary), ("--write", self.write)) if given and not self.search]
         if not self.search_seconds > 0:
             problems.append(f"--search-seconds={self.search_seconds:g}: must be above 0")
+        if self.days is not None and not 0 < self.days < math.inf:
+            problems.append(f"--days={self.days:g}: must be a number above 0")
         if self.write and Path(self.write).exists():
             problems.append(f"--write={self.write}: exists; give another name, or move it away")
         if problems:
@@ -105,7 +111,8 @@ def plan(paths: Sequence[str], overrides: Sequence[str], cluster: str, nodes: in
         layouts = expert_layouts(config, machine)
         add("expert_layouts", "Experts: over which ranks they are dealt", expert_record(layouts), expert_lines(layouts))
     costs = _budget(config, machine, foreseen, wanted)
-    add("budget", "Budget", budget_record(costs), budget_lines(costs))
+    in_days, said = _in_days(config, machine, costs, wanted)
+    add("budget", "Budget", {**budget_record(costs), "in_days": in_days}, [*budget_lines(costs), *said])
     if wanted.dense_tokens is not None:
         advice = advise(parse_tokens(wanted.dense_tokens, "--dense-tokens"), costs.tokens, _dense_parameters(config), count_parameters(config).active)
         add("advice", "Upcycle, or train from scratch", advice_record(advice), advice_lines(advice))
@@ -150,7 +157,29 @@ def _nearest(config: Config, machine: Cluster) -> Nearest | list[str]:
 def _budget(config: Config, machine: Cluster, foreseen: Estimate, wanted: Wanted) -> Budget:
     tokens = None if wanted.tokens is None else parse_tokens(wanted.tokens, "--tokens")
     speed, saving = foreseen.tokens_per_gpu_second, save_cost(config, machine)
-    return budget(config, machine.world_size, speed, saving, tokens=tokens, price_per_gpu_hour=wanted.gpu_hour_price)
+    failures = DEFAULT_RATE if wanted.failures is None else failure_rate(wanted.failures)
+    return budget(config, machine.world_size, speed, saving, tokens=tokens, failures=failures, price_per_gpu_hour=wanted.gpu_hour_price)
+
+
+def _in_days(config: Config, machine: Cluster, costs: Budget, wanted: Wanted) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the asked number of days gives: tokens on these GPUs, and GPUs for the target."""
+    if wanted.days is None:
+        return None, []
+    per_node = machine.gpus_per_node
+
+    def on(gpus: int) -> Budget:
+        some = replace(machine, nodes=max(gpus // per_node, 1), gpus_per_node=min(gpus, per_node))
+        return _budget(config, some, estimate(config, some), wanted)
+
+    trained = tokens_in(wanted.days, costs)
+    lines = [f"in {wanted.days:g} days: {count(trained)} tokens on these GPUs"]
+    try:
+        needed = gpus_for(config, costs.tokens, wanted.days, on, per_node)
+    except ConfigError as none:
+        return {"days": wanted.days, "tokens": trained, "gpus": None}, [*lines, *none.problems]
+    how = f"{needed.seconds / DAY_SECONDS:.1f} days at {needed.tokens_per_gpu_second:,.0f} tokens per GPU and second"
+    lines.append(f"{count(costs.tokens)} tokens in {wanted.days:g} days: {needed.gpus:,} GPUs of this kind ({how})")
+    return {"days": wanted.days, "tokens": trained, "gpus": needed.gpus}, lines
 
 
 def _dense_parameters(config: Config) -> int:

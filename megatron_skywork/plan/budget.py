@@ -124,14 +124,15 @@ def tokens_in(days: float, planned: Budget) -> int:
     return int(planned.tokens_per_day * days / per_step) * per_step
 
 
-def runnable_world_sizes(config: Config) -> list[int]:
-    """GPUs on which the configuration runs as it is, by its data-parallel degree, fewest first."""
+def runnable_world_sizes(config: Config, gpus_per_node: int = 1) -> list[int]:
+    """GPUs on which the configuration runs as it is, by its data-parallel degree, fewest first; more than a node are whole nodes."""
     p, sequences = config.parallel, config.train.global_batch_size // config.train.micro_batch_size
     degrees = [degree for degree in range(1, sequences + 1) if sequences % degree == 0]
-    return [world for world in (p.tp * p.pp * p.cp * degree for degree in degrees) if world % (p.etp * p.ep * p.pp) == 0]
+    worlds = [world for world in (p.tp * p.pp * p.cp * degree for degree in degrees) if world % (p.etp * p.ep * p.pp) == 0]
+    return [world for world in worlds if world <= gpus_per_node or world % gpus_per_node == 0]
 
 
-def gpus_for(config: Config, tokens: int, days: float, plan: Callable[[int], Budget]) -> Budget:
+def gpus_for(config: Config, tokens: int, days: float, plan: Callable[[int], Budget], gpus_per_node: int = 1) -> Budget:
     """The plan with fewest GPUs that trains on `tokens` in `days`.
 
     Args:
@@ -141,7 +142,7 @@ def gpus_for(config: Config, tokens: int, days: float, plan: Callable[[int], Bud
         ConfigError: no number of GPUs that fits the batch is enough; names the fastest one.
     """
     plans = []
-    for world_size in runnable_world_sizes(config):
+    for world_size in runnable_world_sizes(config, gpus_per_node):
         plans.append(plan(world_size))
         if plans[-1].seconds <= days * DAY_SECONDS:
             return plans[-1]

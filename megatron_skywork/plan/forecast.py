@@ -62,11 +62,3 @@ def pipeline_lines(found: dict[str, Any]) -> list[str]:
         idle = f"{stage['idle_seconds']:7.3f} s idle ({stage['idle_share']:.1%})"
         lines.append(f"stage {stage['stage']:>3}: {stage['busy_seconds']:8.3f} s of work, {idle}")
     return lines
-
-
-def part_lines(foreseen: Estimate) -> list[str]:
-    """Where the step of the stage that works most goes."""
-    parts = sorted(foreseen.parts.items(), key=lambda part: -part[1])
-    return [f"stage {foreseen.stage + 1}, which works most:"] + [
-        f"  {name:<25} {seconds:8.3f} s  {seconds / foreseen.step_seconds:6.1%}" for name, seconds in parts if seconds > 0.0005 * foreseen.step_seconds
-    ]

@@ -74,6 +74,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
         (["parallel.tp=5"], "the nearest plan that works: parallel.tp=4"),
         (["--nodes", "191"], "world size 1528 is not a multiple"),
         (["--nodes", "0"], "--nodes=0: must be at least 1"),
+        (["--days", "0"], "--days=0: must be a number above 0"),
+        (["--failures", "often"], "is no known failure rate; use llama3"),
         (["--vary", "capacity"], "--vary goes with --search"),
         (["--search", "--vary", "colour"], "--vary=colour: cannot be varied; use capacity or precision"),
         (["--tokens", "3,000B"], "is no number of tokens"),
