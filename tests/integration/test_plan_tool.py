@@ -27,7 +27,7 @@ def plan(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_146b_on_1536_a800_without_torch() -> None:
     script = "import sys; sys.path.insert(0, 'tools'); import plan; code = plan.main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
-    words = ["--config", MOE, "--cluster", A800, "--json"]
+    words = ["--config", MOE, "--cluster", A800, "--days", "20", "--json"]
     done = subprocess.run([sys.executable, "-c", script, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -40,6 +40,7 @@ def test_the_146b_on_1536_a800_without_torch() -> None:
     assert {row["group"] for row in found["collectives"]["rows"]} >= {"tp", "ep", "pp", "expert_dp"}
     assert sum(stage["idle_share"] for stage in found["pipeline"]["stages"]) / 12 == pytest.approx(found["pipeline"]["bubble"])
     assert found["budget"]["tokens"] == 32000 * 3840 * 8192
+    assert found["budget"]["seconds"] / 86400 < 20 and 48 <= found["budget"]["in_days"]["gpus"] < 1536, "fewer GPUs need longer"
 
 
 def test_the_best_plan_is_one_the_trainer_takes_and_faster_than_the_given_one(tmp_path: Path) -> None:
