@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from megatron_skywork.config.schema import Config
@@ -129,27 +130,36 @@ def in_flight(config: Config, micro_batches: int) -> list[list[int]]:
     found = []
     for stage in range(config.parallel.pp):
         sizes = [piece.kept.total for piece in _stage_pieces(config, stage, False, GPU)]
-        states = [counts for _, _, counts in _states(config, stage, micro_batches)]
+        states = [list(counts) for _, _, counts in _states(config.parallel.pp, config.parallel.vpp, micro_batches, stage)]
         found.append(max(states, key=lambda counts: sum(count * size for count, size in zip(counts, sizes, strict=True))))
     return found
 
 
-def _states(config: Config, stage: int, micro_batches: int) -> Iterator[tuple[str, int, list[int]]]:
-    """At the end of every forward and the start of every backward: which of the two, of which chunk, and micro-batches held of each chunk."""
-    p = config.parallel
-    counts = [0] * p.vpp
+@lru_cache(maxsize=4096)
+def _states(pp: int, vpp: int, micro_batches: int, stage: int) -> tuple[tuple[str, int, tuple[int, ...]], ...]:
+    """At the ends of forwards and the starts of backwards: which of the two, of which chunk, and micro-batches held of each chunk.
+
+    Of the moments of a kind and chunk only those are told at which no other one holds as many of every chunk.
+    """
+    counts = [0] * vpp
+    found: dict[tuple[str, int], set[tuple[int, ...]]] = {}
     # The steady state has come after three rounds.
-    for op in order("1f1b" if p.vpp == 1 else "interleaved", p.pp, p.vpp, min(micro_batches, 3 * p.pp), stage):
+    for op in order("1f1b" if vpp == 1 else "interleaved", pp, vpp, min(micro_batches, 3 * pp), stage):
         counts[op.chunk] += op.kind == "F"
-        yield op.kind, op.chunk, list(counts)
+        found.setdefault((op.kind, op.chunk), set()).add(tuple(counts))
         counts[op.chunk] -= op.kind == "B"
+
+    def is_fullest(state: tuple[int, ...], others: set[tuple[int, ...]]) -> bool:
+        return not any(state != other and all(count <= more for count, more in zip(state, other, strict=True)) for other in others)
+
+    return tuple((kind, chunk, state) for (kind, chunk), states in found.items() for state in sorted(states) if is_fullest(state, states))
 
 
 def _step(config: Config, stage: int, micro_batches: int, worst_case: bool, device: Device) -> Iterator[_Moment]:
     held = _stage_pieces(config, stage, worst_case, device)
     waiting = 0 if device.is_gpu else micro_batches * tokens_of(config).group * BATCH_BYTES
     plans = _plans_of_recomputed_layers(config, stage)
-    for kind, chunk, counts in _states(config, stage, micro_batches):
+    for kind, chunk, counts in _states(config.parallel.pp, config.parallel.vpp, micro_batches, stage):
         others = [count - (number == chunk) for number, count in enumerate(counts)]
         activations = sum(count * piece.kept.activations for count, piece in zip(others, held, strict=True))
         for moment in [held[chunk].kept] if kind == "F" else held[chunk].backward:
