@@ -113,7 +113,7 @@ def _answer(arguments: Sequence[str]) -> int:
     from megatron_skywork.config.load import load_config, stated_run_dir
     from megatron_skywork.config.manual import manual_text
     from megatron_skywork.plan.describe import describe, plan_text
-    from megatron_skywork.plan.hardware import load_cluster
+    from megatron_skywork.plan.hardware import load_cluster, node_size
 
     parser = build_parser()
     if "-h" in arguments or "--help" in arguments:
@@ -127,6 +127,8 @@ def _answer(arguments: Sequence[str]) -> int:
     cluster = None if options.cluster is None else load_cluster(options.cluster)
     world_size = world_size_from(cluster.world_size if cluster and options.world_size is None else options.world_size, os.environ, options.dry_run)
     overrides = [*options.overrides, *([] if options.check_replicas is None else [f"train.check_replicas={options.check_replicas}"])]
+    if cluster is not None:
+        overrides.append(node_size(cluster, overrides))
     try:
         config = load_config(options.config, overrides, world_size)
     except ConfigError as error:

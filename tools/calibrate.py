@@ -244,8 +244,10 @@ def calibrate(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Measure, and write or return the result; on several ranks the first one's."""
     if unknown := [name for name in arguments.only or [] if name not in MEASUREMENTS]:
         raise ConfigError(f"--only {','.join(unknown)}: there is {', '.join(MEASUREMENTS)}")
-    if arguments.seconds <= 0:
-        raise ConfigError(f"--seconds {arguments.seconds}: must be above 0")
+    if not 0 < arguments.seconds < math.inf:
+        raise ConfigError(f"--seconds {arguments.seconds}: must be a number above 0")
+    if arguments.write is not None and (arguments.write.is_dir() or not arguments.write.parent.is_dir()):
+        raise ConfigError(f"--write {arguments.write}: is no name of a file in a folder that is there")
     result = measure(arguments)
     if os.environ.get("RANK", "0") != "0":
         return None

@@ -2,11 +2,12 @@
 """What a run will cost, worked out without the cluster: memory, speed, idle time, communication, and which layout would do better.
 
     python tools/plan.py --config configs/skywork_moe_146b.yaml --cluster configs/clusters/a800_192x8.yaml
-    python tools/plan.py --config configs/X.yaml --cluster h100_16x8 --search --write best.yaml
+    python tools/plan.py --config configs/X.yaml --cluster dgx_h100:16 --search --write best.yaml
     python tools/plan.py --config configs/X.yaml --cluster mine.yaml --tokens 3T --gpu-hour-price 2 train.micro_batch_size=2
 
-No torch, no GPU, seconds. A cluster is a file with a section `cluster` (configs/clusters, or what tools/calibrate.py measures on yours).
-Exit codes: 0 done, 2 a setting is wrong or cannot work (the nearest plan that does is named).
+No torch, no GPU; seconds, and with --search up to --search-seconds more. A cluster is a file with a section `cluster` (configs/clusters, or what
+tools/calibrate.py measures on yours), or a machine with its number of nodes.
+Exit codes: 0 done, 2 a setting is wrong or cannot work (the nearest plan that does is named), 3 the plan does not fit into memory.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="the run's settings; later files win")
     parser.add_argument("--cluster", required=True, metavar="FILE|NAME", help="the machine")
     parser.add_argument("--nodes", type=int, metavar="N", help="as many of the cluster's nodes, instead of what its file says")
-    orders = ["1f1b", "interleaved", "zero-bubble"]
-    parser.add_argument("--schedule", choices=orders, help="another order than the trainer's; zero-bubble is a what-if that it cannot run")
+    parser.add_argument("--what-if", choices=["zero-bubble"], help="also: the pipeline in an order that the trainer does not run")
     parser.add_argument("--search", action="store_true", help="look for better layouts: all degrees, splits and recomputation that fit")
     looked = "how long to look (default 40); what was not come to is counted, with its bound"
     parser.add_argument("--search-seconds", type=float, default=40.0, metavar="S", help=looked)
@@ -41,6 +41,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", metavar="COUNT", help="tokens to train on, e.g. 3T, instead of what train.steps comes to")
     parser.add_argument("--days", type=float, metavar="D", help="also: tokens in so many days, and GPUs for the target in so many days")
     parser.add_argument("--failures", metavar="RATE", help="GPU-hours per failure, or a published rate: llama3 (default), rsc1, rsc2, rsc1_jobs, opt, bloom")
+    parser.add_argument("--storage", type=float, metavar="GB", help="GB per second that the storage takes from all nodes together, for the interval of saves")
     parser.add_argument("--gpu-hour-price", type=float, metavar="PRICE", help="of one GPU for an hour, in any currency")
     parser.add_argument("--dense-tokens", metavar="COUNT", help="tokens the dense model was trained on: upcycle it, or train from scratch?")
     parser.add_argument("--html", metavar="FILE", help="the plan as a page, with the pipeline drawn")
@@ -54,9 +55,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from megatron_skywork.plan import answer
 
     wanted = answer.Wanted(
-        schedule=arguments.schedule, search=arguments.search, search_seconds=arguments.search_seconds,
+        what_if=arguments.what_if, search=arguments.search, search_seconds=arguments.search_seconds,
         vary=tuple(filter(None, arguments.vary.split(","))), write=arguments.write,
-        tokens=arguments.tokens, days=arguments.days, failures=arguments.failures, gpu_hour_price=arguments.gpu_hour_price,
+        tokens=arguments.tokens, days=arguments.days, failures=arguments.failures, storage_gb_per_second=arguments.storage,
+        gpu_hour_price=arguments.gpu_hour_price,
         dense_tokens=arguments.dense_tokens, html=arguments.html, png=arguments.png,
     )  # fmt: skip
     return answer.plan(arguments.config, arguments.overrides, arguments.cluster, arguments.nodes, wanted, progress)

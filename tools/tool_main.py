@@ -32,7 +32,7 @@ def finish(arguments: argparse.Namespace, run: Callable[[argparse.Namespace], di
     if result is None:
         return EXIT_DONE
     try:
-        print(json.dumps(result) if arguments.json else describe(result), flush=True)
+        print(json.dumps(result, allow_nan=False) if arguments.json else describe(result), flush=True)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -19,10 +19,10 @@ from megatron_skywork.plan.checkpoint_interval import DEFAULT_RATE, failure_rate
 from megatron_skywork.plan.describe import blocks, describe
 from megatron_skywork.plan.estimate import Estimate, estimate
 from megatron_skywork.plan.expert_layouts import expert_layouts
-from megatron_skywork.plan.hardware import Cluster, load_cluster
-from megatron_skywork.plan.layout_costs import RESERVE_BYTES, room_bytes
+from megatron_skywork.plan.hardware import Cluster, load_cluster, node_size
 from megatron_skywork.plan.layouts import layout_of
-from megatron_skywork.plan.nearest import Nearest, nearest
+from megatron_skywork.plan.memory import room_bytes
+from megatron_skywork.plan.nearest import Nearest, nearest, other_problems
 from megatron_skywork.plan.parameters import count_parameters
 from megatron_skywork.plan.search import VARY, SearchResult, plan_of, plan_yaml, search
 from megatron_skywork.plan.search_text import (
@@ -39,6 +39,7 @@ from megatron_skywork.plan.upcycle_or_scratch import advice_lines, advice_record
 
 # Cuts of the given degrees that are timed, a few milliseconds each.
 MOST_CUTS = 200
+MOST_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Wanted:
         ConfigError: options that contradict each other, or a value that cannot be.
     """
 
-    schedule: str | None = None
+    what_if: str | None = None
     search: bool = False
     search_seconds: float = 40.0
     vary: tuple[str, ...] = ()
@@ -57,6 +58,7 @@ class Wanted:
     tokens: str | None = None
     days: float | None = None
     failures: str | None = None
+    storage_gb_per_second: float | None = None
     gpu_hour_price: float | None = None
     dense_tokens: str | None = None
     html: str | None = None
@@ -65,11 +67,13 @@ class Wanted:
     def __post_init__(self) -> None:
         problems = [f"--vary={name}: cannot be varied; use {' or '.join(VARY)}" for name in self.vary if name not in VARY]
         problems += [f"{option} goes with --search" for option, given in (("--vary", self.vary), ("--write", self.write)) if given and not self.search]
-        if not self.search_seconds > 0:
-            problems.append(f"--search-seconds={self.search_seconds:g}: must be above 0")
-        if self.days is not None and not 0 < self.days < math.inf:
-            problems.append(f"--days={self.days:g}: must be a number above 0")
-        if self.write and Path(self.write).exists():
+        numbers = {"--search-seconds": self.search_seconds, "--days": self.days, "--storage": self.storage_gb_per_second}
+        numbers["--gpu-hour-price"] = self.gpu_hour_price
+        problems += [f"{option}={given:g}: must be a number above 0" for option, given in numbers.items() if given is not None and not 0 < given < math.inf]
+        for option, path in (("--write", self.write), ("--html", self.html), ("--png", self.png)):
+            if path is not None and (not path or Path(path).is_dir() or not Path(path).parent.is_dir()):
+                problems.append(f"{option}={path}: is no name of a file in a folder that is there")
+        if self.write and Path(self.write).is_file():
             problems.append(f"--write={self.write}: exists; give another name, or move it away")
         if problems:
             raise ConfigError(problems)
@@ -86,13 +90,22 @@ def plan(paths: Sequence[str], overrides: Sequence[str], cluster: str, nodes: in
     Raises:
         ConfigError: settings, cluster or options are wrong; where there is a plan near by that works, it is named.
     """
+    if not cluster:
+        raise ConfigError("--cluster is empty; name a cluster's file, or a machine such as dgx_h100:16")
     machine = load_cluster(cluster)
     if nodes is not None:
-        if nodes < 1:
-            raise ConfigError(f"--nodes={nodes}: must be at least 1")
+        if not 1 <= nodes <= MOST_NODES:
+            raise ConfigError(f"--nodes={nodes}: must be 1 to {MOST_NODES}")
         machine = replace(machine, nodes=nodes)
-    config = _config(paths, [*overrides, f"parallel.gpus_per_node={machine.gpus_per_node}"], machine)
-    foreseen = estimate(config, machine, schedule=wanted.schedule, keep_events=bool(wanted.html or wanted.png))
+    words = [*overrides, node_size(machine, overrides)]
+    try:
+        config = load_config(paths, words, machine.world_size)
+    except ConfigError as error:
+        return _without_own(error, paths, words, machine, wanted, progress)
+    if wanted.dense_tokens is not None and config.moe is None:
+        raise ConfigError("--dense-tokens is about a mixture of experts, and the settings have no section moe; leave it out, or add the section")
+    draws = bool(wanted.html or wanted.png)
+    foreseen = estimate(config, machine, keep_events=draws)
     record = describe(config, machine.world_size, machine)
     del record["config"]
     text = [f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in blocks(record, config)]
@@ -103,18 +116,23 @@ def plan(paths: Sequence[str], overrides: Sequence[str], cluster: str, nodes: in
 
     pipeline, sent = forecast.pipeline(config, foreseen), forecast.collectives(config, machine)
     add("pipeline", "Pipeline", pipeline, forecast.pipeline_lines(pipeline))
+    drawn = foreseen
+    if wanted.what_if is not None:
+        drawn = estimate(config, machine, schedule=wanted.what_if, keep_events=draws)
+        what_if = forecast.pipeline(config, drawn)
+        add("what_if", f"What if: {wanted.what_if}, which the trainer does not run (its memory is not foreseen)", what_if, forecast.pipeline_lines(what_if))
     add("collectives", "Time of collectives in a step", sent, forecast.collective_lines(sent))
     if config.parallel.pp > 1:
-        split = plan_of(layout_of(config), config, machine, room_bytes(machine, RESERVE_BYTES), cuts=MOST_CUTS)
-        add("best_split", "The best split of these degrees", split and plan_record(split), split_lines(split, foreseen.step_seconds))
+        split = plan_of(layout_of(config), config, machine, room_bytes(machine), cuts=MOST_CUTS)
+        lines = split_lines(split, foreseen.step_seconds, fits=record["memory"]["gpu"]["fits"])
+        add("best_split", "The best split of these degrees", split and plan_record(split), lines)
     if config.moe is not None:
         layouts = expert_layouts(config, machine)
-        add("expert_layouts", "Experts: over which ranks they are dealt", expert_record(layouts), expert_lines(layouts))
-    costs = _budget(config, machine, foreseen, wanted)
-    in_days, said = _in_days(config, machine, costs, wanted)
-    add("budget", "Budget", {**budget_record(costs), "in_days": in_days}, [*budget_lines(costs), *said])
+        add("expert_layouts", "Experts: over which ranks they are dealt", expert_record(layouts), expert_lines(layouts, room_bytes(machine)))
+    add("budget", "Budget", *_budget_block(config, machine, foreseen, wanted))
     if wanted.dense_tokens is not None:
-        advice = advise(parse_tokens(wanted.dense_tokens, "--dense-tokens"), costs.tokens, _dense_parameters(config), count_parameters(config).active)
+        target = record["batch"]["total_tokens"] if wanted.tokens is None else parse_tokens(wanted.tokens, "--tokens")
+        advice = advise(parse_tokens(wanted.dense_tokens, "--dense-tokens"), target, _dense_parameters(config), count_parameters(config).active)
         add("advice", "Upcycle, or train from scratch", advice_record(advice), advice_lines(advice))
     record["passed"] = fits = record["memory"]["gpu"]["fits"]
     if not fits:
@@ -122,28 +140,39 @@ def plan(paths: Sequence[str], overrides: Sequence[str], cluster: str, nodes: in
         found = nearest_record(near) if isinstance(near, Nearest) else None
         add("nearest", "It does not fit", found, [*near.reasons, *nearest_lines(near)] if isinstance(near, Nearest) else near)
     if wanted.search:
-        best = search(config, machine, vary=wanted.vary, progress=progress, most_seconds=wanted.search_seconds)
-        add("search", "The best layouts", search_record(best), [*search_lines(best), *_written(best, wanted)])
+        add("search", "The best layouts", *_search_block(config, machine, wanted, progress))
     whole, title = "\n\n".join(text), f"{Path(config.run_dir).name or 'a run'} on {machine.name}"
     if wanted.html is not None:
-        Path(wanted.html).write_text(_page(foreseen, title, whole), encoding="utf-8")
+        Path(wanted.html).write_text(_page(drawn, title, whole), encoding="utf-8")
     if wanted.png is not None:
-        Path(wanted.png).write_bytes(gantt.png(foreseen.timeline, foreseen.pieces, title=title))
+        Path(wanted.png).write_bytes(gantt.png(drawn.timeline, drawn.pieces, title=title))
     return {**record, "text": [whole]}
 
 
-def _config(paths: Sequence[str], overrides: Sequence[str], machine: Cluster) -> Config:
-    """The settings, checked for the cluster; to what is wrong between them the nearest plan that works is added."""
+def _without_own(
+    error: ConfigError, paths: Sequence[str], overrides: Sequence[str], machine: Cluster, wanted: Wanted, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """The answer where the given layout cannot run: the best layouts, if they are asked for.
+
+    Raises:
+        ConfigError: they are not, or other settings are wrong; with the nearest plan that works, if there is one.
+    """
     try:
-        return load_config(paths, overrides, machine.world_size)
-    except ConfigError as error:
-        try:
-            possible = unchecked_config(paths, overrides)
-        except ConfigError:
-            raise error from None
+        possible = unchecked_config(paths, overrides)
+    except ConfigError:
+        raise error from None
+    if not wanted.search or other_problems(possible, machine.world_size):
         near = _nearest(possible, machine)
         more = nearest_lines(near) if isinstance(near, Nearest) else near
         raise ConfigError([*error.problems, *(line for line in more if line not in error.problems)]) from None
+    found, lines = _search_block(possible, machine, wanted, progress)
+    text = "\n".join(["The given layout cannot run", *(f"  {problem}" for problem in error.problems), "", "The best layouts", *(f"  {line}" for line in lines)])
+    return {"world_size": machine.world_size, "problems": error.problems, "search": found, "text": [text]}
+
+
+def _search_block(config: Config, machine: Cluster, wanted: Wanted, progress: Callable[[str], None]) -> tuple[dict[str, Any], list[str]]:
+    best = search(config, machine, vary=wanted.vary, progress=progress, most_seconds=wanted.search_seconds)
+    return search_record(best), [*search_lines(best, layout_of(config)), *_written(best, wanted)]
 
 
 def _nearest(config: Config, machine: Cluster) -> Nearest | list[str]:
@@ -154,9 +183,24 @@ def _nearest(config: Config, machine: Cluster) -> Nearest | list[str]:
         return none.problems
 
 
+def _budget_block(config: Config, machine: Cluster, foreseen: Estimate, wanted: Wanted) -> tuple[dict[str, Any] | None, list[str]]:
+    """The budget, or why there is none; wrong options are still errors."""
+    if wanted.failures is not None:
+        failure_rate(wanted.failures)
+    if wanted.tokens is not None:
+        parse_tokens(wanted.tokens, "--tokens")
+    try:
+        costs = _budget(config, machine, foreseen, wanted)
+    except ConfigError as none:
+        return None, none.problems
+    in_days, said = _in_days(config, machine, costs, wanted)
+    return {**budget_record(costs), "in_days": in_days}, [*budget_lines(costs), *said]
+
+
 def _budget(config: Config, machine: Cluster, foreseen: Estimate, wanted: Wanted) -> Budget:
     tokens = None if wanted.tokens is None else parse_tokens(wanted.tokens, "--tokens")
-    speed, saving = foreseen.tokens_per_gpu_second, save_cost(config, machine)
+    storage = wanted.storage_gb_per_second
+    speed, saving = foreseen.tokens_per_gpu_second, save_cost(config, machine, None if storage is None else storage * 1e9)
     failures = DEFAULT_RATE if wanted.failures is None else failure_rate(wanted.failures)
     return budget(config, machine.world_size, speed, saving, tokens=tokens, failures=failures, price_per_gpu_hour=wanted.gpu_hour_price)
 

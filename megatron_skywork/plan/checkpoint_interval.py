@@ -20,14 +20,15 @@ training stalls for B - t more. Not in it: a slower step while a save is written
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
+from megatron_skywork.metrics.wording import duration
+from megatron_skywork.plan.collective_time import Network
 from megatron_skywork.plan.communication import COMPUTE_BYTES, FP32
-from megatron_skywork.plan.hardware import Cluster
+from megatron_skywork.plan.hardware import Cluster, Sustained
 from megatron_skywork.plan.parameters import HeldParameters, count_parameters, held_parameters
-from megatron_skywork.plan.topology import config_groups
 
 # A checkpoint holds fp32 master weights and two moments of every parameter, whatever moments are kept in while training.
 OPTIMIZER_BYTES = 3 * FP32
@@ -140,15 +141,16 @@ def save_cost(config: Config, cluster: Cluster, storage_bytes_per_second: float 
     Args:
         storage_bytes_per_second: what the storage takes from all writers together, at most; None where that is not known.
     """
-    size, groups = checkpoint_size(config), config_groups(config, cluster.world_size)
+    # What training sustains of a link is no bound.
+    size, network = checkpoint_size(config), Network(config, cluster.world_size, replace(cluster, sustained=Sustained()))
     # Of a mixture nearly all are experts.
-    shared = groups["expert_dp" if config.moe is not None else "dp"]
-    link = cluster.link(shared.ranks[0])
-    gathered = size.largest_writer * size.optimizer / size.total * (shared.size - 1) / shared.size
+    shared = "expert_dp" if config.moe is not None else "dp_cp"
+    ranks = network.where(shared).size
+    gathering = network.sent(shared, "all_gather", size.largest_writer * size.optimizer / size.total * (ranks - 1) / ranks)
     measured = [point.to_host_bytes_per_second for point in cluster.rates.host_copy]
     to_host = max(measured, default=HOST_BYTES_PER_SECOND)
-    stall = gathered / link.bytes_per_second + size.largest_writer / to_host
-    rates = f"gathered over {link.name} at {link.bytes_per_second / 1e9:.3g} GB/s, copied to the host at {to_host / 1e9:.3g} GB/s"
+    stall = gathering + size.largest_writer / to_host
+    rates = f"gathered from {ranks:,} ranks in {duration(gathering)}, copied to the host at {to_host / 1e9:.3g} GB/s"
     rates += " (as measured)" if measured else " (16 lanes of PCIe 4.0)"
     if storage_bytes_per_second is None:
         return SaveCost(stall, 0.0, f"{rates}; the time of writing is not known", is_least=True)

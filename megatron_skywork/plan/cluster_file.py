@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -19,7 +19,7 @@ class OwnGpu(Section):
 
     name: str = Field(description="What it is called.")
     memory_bytes: Positive = Field(description="What torch can allocate from.")
-    peak_flops: dict[Literal["bf16", "fp16", "fp32", "fp8"], float] = Field(description="FLOP/s by precision, dense.")
+    peak_flops: dict[Literal["bf16", "fp16", "fp32", "fp8"], Annotated[float, Field(gt=0)]] = Field(description="FLOP/s by precision, dense.")
     memory_bytes_per_second: float = Field(gt=0, description="Of the device's memory.")
     source: str = Field(description="Where the numbers come from.")
 
@@ -55,7 +55,7 @@ class ClusterSection(Section):
 
     name: str = Field(description="What to call it; unset: the file's name.")
     gpu: Any = Field(description="Its name, or a section.")
-    nodes: Positive = Field(description="How many.")
+    nodes: Positive = Field(le=100_000, description="How many.")
     gpus_per_node: Positive = Field(description="GPUs that `inside` joins: of a machine, or of a whole NVLink domain.")
     inside: Any = Field(None, description="Link between the GPUs of a node.")
     between: Any = Field(None, description="Network between nodes; needed for more than one.")

@@ -42,17 +42,18 @@ class Placement:
 
 
 def placement(config: Config, world_size: int, group: str, gpus_per_node: int) -> Placement:
-    """Of a kind of group, by the names of communication.py: tp, tp_cp, dp_cp, tp_dp_cp, pp, embedding, etp, ep, etp_ep, expert_dp.
+    """Of a kind of group, by the names of communication.py: tp, cp, tp_cp, dp_cp, tp_dp_cp, pp, embedding, etp, ep, etp_ep, expert_dp.
 
     Ranks are numbered as in topology.py, the first grid axis fastest, so a group is `size` ranks at a distance of `stride`.
     """
     p, of_stage = config.parallel, world_size // config.parallel.pp
     stride, size = {
-        "tp": (1, p.tp), "tp_cp": (1, p.tp * p.cp), "dp_cp": (p.tp, of_stage // p.tp), "tp_dp_cp": (1, of_stage),
+        "tp": (1, p.tp), "cp": (p.tp, p.cp), "tp_cp": (1, p.tp * p.cp), "dp_cp": (p.tp, of_stage // p.tp), "tp_dp_cp": (1, of_stage),
         "pp": (of_stage, p.pp), "embedding": (of_stage * max(p.pp - 1, 1), min(p.pp, 2)),
         "etp": (1, p.etp), "ep": (p.etp, p.ep), "etp_ep": (1, p.etp * p.ep), "expert_dp": (p.etp * p.ep, of_stage // (p.etp * p.ep)),
     }[group]  # fmt: skip
-    span = stride * size
+    # The ends of a pipeline lie as far apart as all of its stages.
+    span = of_stage * p.pp if group == "embedding" else stride * size
     if span <= gpus_per_node and gpus_per_node % span == 0:
         return Placement(size, size)
     return Placement(size, min(max(gpus_per_node // stride, 1), max(size - 1, 1)))
@@ -112,4 +113,4 @@ class Network:
         return steps * latency + num_bytes / bandwidth
 
 
-GROUPS = ("tp", "tp_cp", "dp_cp", "tp_dp_cp", "pp", "embedding", "etp", "ep", "etp_ep", "expert_dp")
+GROUPS = ("tp", "cp", "tp_cp", "dp_cp", "tp_dp_cp", "pp", "embedding", "etp", "ep", "etp_ep", "expert_dp")

@@ -11,18 +11,11 @@ from typing import Any
 from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.metrics.wording import gibibytes, percent
-from megatron_skywork.plan.estimate import Estimate, estimate
+from megatron_skywork.plan.estimate import PART_NAMES, Estimate, estimate
 from megatron_skywork.plan.flops import formula_text
 from megatron_skywork.plan.hardware import Cluster
-from megatron_skywork.plan.memory import StageMemory, stage_memory
+from megatron_skywork.plan.memory import StageMemory, room_bytes, stage_memory
 from megatron_skywork.plan.stages import batch
-
-# What a part of `Estimate.parts` is called where it takes more of the step than anything else.
-_LIMITS = {
-    "products": "matrix products", "attention": "attention scores", "elementwise": "elementwise kernels, that is memory bandwidth",
-    "tp": "tensor parallelism's collectives", "ep": "expert parallelism's collectives", "recomputation": "recomputation",
-    "gradients and parameters": "data parallelism's collectives", "optimizer": "the optimizer", "waiting": "waiting for other stages",
-}  # fmt: skip
 
 
 def part_of(cluster: Cluster, world_size: int) -> Cluster:
@@ -55,7 +48,8 @@ def memory_record(config: Config, world_size: int, cluster: Cluster | None = Non
         "worst_case_bytes": max(stage.total for stage in worst) if worst else None,
     }
     if cluster is not None:
-        record["gpu"] = {"name": cluster.gpu.name, "memory_bytes": cluster.gpu.memory_bytes, "fits": max(totals) <= cluster.gpu.memory_bytes}
+        room = room_bytes(cluster)
+        record["gpu"] = {"name": cluster.gpu.name, "memory_bytes": cluster.gpu.memory_bytes, "room_bytes": room, "fits": max(totals) <= room}
     return record
 
 
@@ -66,13 +60,14 @@ def speed_record(config: Config, cluster: Cluster) -> dict[str, Any]:
         "cluster": cluster.name, "gpu": cluster.gpu.name, "step_seconds": foreseen.step_seconds, "tokens_per_gpu_second": foreseen.tokens_per_gpu_second,
         "tokens_per_second": tokens / foreseen.step_seconds, "mfu": foreseen.mfu, "report_mfu": foreseen.report_mfu, "formula": formula_text(config),
         "peak_flops": cluster.gpu.peak_flops[config.train.precision], "precision": config.train.precision, "bubble": foreseen.bubble,
+        "rates": cluster.rates.source, "sustained": asdict(cluster.sustained),
         "stage": foreseen.stage + 1, "parts": foreseen.parts, "limit": _limit(foreseen),
     }  # fmt: skip
 
 
 def _limit(foreseen: Estimate) -> str:
     name = max(foreseen.parts, key=lambda part: foreseen.parts[part])
-    return _LIMITS.get(name, name)
+    return PART_NAMES.get(name, name)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ in words
@@ -87,10 +82,10 @@ def memory_lines(memory: dict[str, Any]) -> list[str]:
         most += f" with a balanced router, at most {gibibytes(memory['worst_case_bytes'])} whatever it does"
     if "gpu" not in memory:
         return [*lines, f"{most}; whether that fits and how fast it runs: --cluster FILE (configs/clusters, or python tools/calibrate.py --write FILE)"]
-    gpu, room = memory["gpu"], memory["gpu"]["memory_bytes"] - memory["largest_bytes"]
+    gpu, room = memory["gpu"], memory["gpu"]["room_bytes"] - memory["largest_bytes"]
     fits = f"it fits, {gibibytes(room)} are left" if gpu["fits"] else f"it does NOT fit, {gibibytes(-room)} are missing"
-    fits = f"{most}; {gpu['name']} has {gibibytes(gpu['memory_bytes'])}: {fits}"
-    return [*lines, fits, "a CUDA context and NCCL take a little more, outside what torch counts"]
+    reserve = gibibytes(gpu["memory_bytes"] - gpu["room_bytes"])
+    return [*lines, most, f"{gpu['name']} has {gibibytes(gpu['memory_bytes'])}, less {reserve} for the CUDA context and NCCL: {fits}"]
 
 
 def _stage_line(stage: StageMemory, number: int) -> str:
@@ -111,5 +106,14 @@ def speed_lines(speed: dict[str, Any]) -> list[str]:
         f"MFU {percent(speed['mfu'])} of {speed['peak_flops'] / 1e12:g} TFLOP/s ({speed['gpu']}, dense {speed['precision']}); {speed['formula']}",
         f"MFU {percent(speed['report_mfu'])} under the Skywork-MoE report's convention",
         *(waits if speed["bubble"] else []),
+        _sustained_line(speed["sustained"]),
         f"what limits it: {speed['limit']}; {where}{', '.join(f'{name} {percent(share)}' for share, name in shares)}",
     ]
+
+
+def _sustained_line(sustained: dict[str, Any]) -> str:
+    kernels, collectives = sustained["kernels"], sustained["collectives"]
+    if kernels == collectives == 1:
+        return ("rates: those of single kernels and undisturbed links, nothing taken off; a training step is slower, by 18 % in the mean of published runs "
+                "(docs/planning.md; cluster.sustained takes it off)")  # fmt: skip
+    return f"rates: of single kernels' {percent(kernels)} and of links' {percent(collectives)} are taken as sustained: {sustained['source']}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan.collective_time import Network
-from megatron_skywork.plan.communication import COMPUTE_BYTES, parameter_traffic
+from megatron_skywork.plan.communication import COMPUTE_BYTES, stage_traffic
 from megatron_skywork.plan.flops import report_flops_per_token, train_flops_per_token
 from megatron_skywork.plan.hardware import Cluster
 from megatron_skywork.plan.kernels import Kernels
@@ -29,6 +29,18 @@ from megatron_skywork.plan.stages import batch, pieces, recomputed_layers
 
 # Of each parameter of a rank's shard: gradient read twice (norm, step), master weight and both moments read and written, and the weight written.
 _STEP_PASSES = 4 + 4 + 8
+# What a rank sends once a step: gradients, parameters, what tensor-parallel ranks hold whole, tied embeddings, router state.
+_ONCE_A_STEP = {
+    *((group, operation) for group in ("dp_cp", "expert_dp") for operation in ("reduce_scatter", "all_gather")),
+    ("tp", "all_reduce"), ("embedding", "all_reduce"), ("tp_dp_cp", "all_reduce"),
+}  # fmt: skip
+COLLECTIVES = ("tp", "cp", "ep")
+# What a part of a step is called.
+PART_NAMES = {
+    "products": "matrix products", "attention": "attention", "elementwise": "elementwise kernels", "tp": "tensor-parallel collectives",
+    "cp": "the exchange of keys and values", "ep": "the experts' exchange", "recomputation": "recomputation",
+    "gradients and parameters": "gradients and parameters over data parallelism", "optimizer": "the optimizer", "waiting": "waiting for other stages",
+}  # fmt: skip
 # fp32 gradient buffers of all parameters a rank holds are cleared.
 _CLEARED = 4
 
@@ -41,8 +53,8 @@ class Estimate:
         step_seconds: from one optimizer step to the next.
         tokens_per_gpu_second: tokens of all ranks, over all GPUs.
         mfu, report_mfu: by flops.train_flops_per_token and by flops.report_flops_per_token, over the data sheet's peak.
-        bubble: share of the step in which a stage waits for others, mean over stages.
-        parts: seconds of the step on the stage that works most: products, attention, elementwise, tp, ep, recomputation,
+        bubble: share of the pipeline's time in which a stage waits for others, mean over stages.
+        parts: seconds of the step on the stage that works most: products, attention, elementwise, tp, cp, ep, recomputation,
             gradients and parameters, optimizer, and waiting for other stages.
         stage: that stage, from 0.
         memory: of each stage's ranks.
@@ -120,19 +132,29 @@ def _kept_bytes(config: Config, layers: list[int], num_recomputed: int) -> float
 
 
 def _parts(costs: list[Piece], micro_batches: int) -> dict[str, float]:
-    spent = [part for cost in costs for part in (cost.forward, cost.backward, Seconds(recomputation=cost.recomputed.total()))]
+    spent = [part for cost in costs for part in (cost.forward, cost.backward, _recomputation(cost.recomputed))]
     return {name: seconds * micro_batches for name, seconds in added(*spent).items()}
+
+
+def _recomputation(again: Seconds) -> Seconds:
+    """Kernels that run again are a part of their own; their collectives count with the others."""
+    sent = Seconds({kind: again[kind] for kind in COLLECTIVES if again[kind]})
+    return added(Seconds(recomputation=again.total() - sent.total()), sent)
 
 
 def _ends(config: Config, cluster: Cluster, network: Network, stage: int, costs: list[Piece]) -> dict[str, float]:
     """Seconds of what a stage does once a step, behind its last micro-batch and before its first."""
-    reduced = gathered = 0.0
-    for traffic in parameter_traffic(config, cluster.world_size, stage):
+    reduced = gathered = alone = 0.0
+    for traffic in stage_traffic(config, cluster.world_size, stage):
+        if (traffic.group, traffic.operation) not in _ONCE_A_STEP:
+            continue
         seconds = network.sent(traffic.group, traffic.operation, traffic.expected)
         if traffic.operation == "all_gather":
             gathered += seconds
-        else:
+        elif traffic.operation == "reduce_scatter":
             reduced += seconds
+        else:
+            alone += seconds
     if config.parallel.overlap:
         # The last piece to be reduced, and the first to be gathered, have nothing to hide behind; they are one piece's share of the stage.
         share = 1 / max(sum(len(chunk) for chunk in pieces(config)[stage :: config.parallel.pp]), 1)
@@ -146,7 +168,7 @@ def _ends(config: Config, cluster: Cluster, network: Network, stage: int, costs:
     shard = dense / (of_stage / p.tp) + experts / (of_stage / (p.etp * p.ep))
     moments = 2 * 2 * {"fp32": 4, "bf16": 2}[config.optim.moments]
     passes = shard * (_STEP_PASSES + moments + COMPUTE_BYTES[config.train.precision]) + (dense + experts) * _CLEARED
-    return {"gradients and parameters": reduced + gathered, "optimizer": kernels_of(config, cluster).memory(passes)}
+    return {"gradients and parameters": reduced + gathered + alone, "optimizer": kernels_of(config, cluster).memory(passes)}
 
 
 def kernels_of(config: Config, cluster: Cluster) -> Kernels:

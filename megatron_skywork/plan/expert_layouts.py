@@ -5,6 +5,7 @@ For the same tensor-parallel degree tp, in megatron-core's degrees:
     EP inside TP    ep = tp, etp = 1    the report's "expert data parallel": the ranks that split attention each hold whole experts
     expert TP       ep = 1,  etp = tp   every expert split over the same ranks: rows are gathered, products are narrow
     EP over DP      ep = n,  etp = tp   experts split likewise, and dealt out over n data-parallel groups, which lie on other nodes
+    whole, over DP  ep = E,  etp = 1    whole experts, one on each rank
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from megatron_skywork.config.rules import divisors
 from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.plan.collective_time import Network
-from megatron_skywork.plan.estimate import Estimate, estimate
+from megatron_skywork.plan.estimate import COLLECTIVES, Estimate, estimate
 from megatron_skywork.plan.hardware import Cluster
 from megatron_skywork.plan.layout_costs import changed
 from megatron_skywork.plan.layouts import problems_of
-
-_SENDS = ("tp", "ep")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class ExpertLayout:
 
 
 def expert_layouts(config: Config, cluster: Cluster) -> list[ExpertLayout]:
-    """The three, with the configuration's own tp, pp, split and recomputation.
+    """The three, experts dealt over data-parallel ranks and not split, and the configuration's own; all with its tp, pp, split and recomputation.
 
     Raises:
         ConfigError: a model without experts.
@@ -59,7 +58,12 @@ def expert_layouts(config: Config, cluster: Cluster) -> list[ExpertLayout]:
     tp, experts = config.parallel.tp, config.moe.num_experts
     # As many data-parallel groups as the first layout deals experts to, or the fewest that the experts can be dealt to.
     groups = tp if tp > 1 and experts % tp == 0 else next((degree for degree in divisors(experts) if degree > 1), 1)
-    return [_foreseen(config, cluster, *one) for one in (("EP inside TP", tp, 1), ("expert TP", 1, tp), ("EP over DP", groups, tp))]
+    own = (config.parallel.ep, config.parallel.etp)
+    named = [("EP inside TP", (tp, 1)), ("expert TP", (1, tp)), ("EP over DP", (groups, tp)), ("whole, over DP", (experts, 1)), ("as given", own)]
+    distinct: dict[tuple[int, int], str] = {}
+    for name, degrees in named:
+        distinct.setdefault(degrees, name)
+    return [_foreseen(config, cluster, name + ", as given" * (degrees == own and name != "as given"), *degrees) for degrees, name in distinct.items()]
 
 
 def _foreseen(config: Config, cluster: Cluster, name: str, ep: int, etp: int) -> ExpertLayout:
@@ -69,5 +73,5 @@ def _foreseen(config: Config, cluster: Cluster, name: str, ep: int, etp: int) ->
         return ExpertLayout(name, ep, etp, False, None, problem=problems[0])
     crosses = Network(candidate, cluster.world_size, cluster).where("etp_ep").crosses
     foreseen = estimate(candidate, cluster)
-    exchange, sent = foreseen.parts.get("ep", 0.0), sum(foreseen.parts.get(part, 0.0) for part in _SENDS)
+    exchange, sent = foreseen.parts.get("ep", 0.0), sum(foreseen.parts.get(part, 0.0) for part in COLLECTIVES)
     return ExpertLayout(name, ep, etp, crosses, foreseen, exchange, sent, max(memory.total for memory in foreseen.memory))

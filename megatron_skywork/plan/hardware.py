@@ -14,7 +14,7 @@ sections, such as `launch`, are left alone), or a packaged machine by name and n
 
 `between` is one GPU's share of the network: all ports divided by the GPUs of a node. That is what a GPU has in an all-to-all, and in a ring with one rank on
 each node while its neighbours are in rings of their own. A ring with k ranks on each node leaves the node at one of them and comes back at another, and
-libraries lay k such rings at once, so that it has k shares, up to what the link inside carries (`Cluster.ring`).
+libraries lay k such rings at once, so that it has k shares, up to what the link inside carries (collective_time.py).
 """
 
 from __future__ import annotations
@@ -143,6 +143,19 @@ def load_cluster(name_or_path: str) -> Cluster:
     return _cluster({"name": path.stem, **values}, str(path), path.parent)
 
 
+def node_size(cluster: Cluster, overrides: Sequence[str]) -> str:
+    """The override that gives a run the cluster's node size.
+
+    Raises:
+        ConfigError: another size was typed.
+    """
+    key = "parallel.gpus_per_node"
+    typed = [word for word in overrides if word.startswith(f"{key}=") and word != f"{key}={cluster.gpus_per_node}"]
+    if typed:
+        raise ConfigError(f"{typed[-1]}: nodes of {cluster.name} have {cluster.gpus_per_node} GPUs; leave it out, or name another cluster")
+    return f"{key}={cluster.gpus_per_node}"
+
+
 def gpu_names() -> list[str]:
     """The GPUs of machines.yaml."""
     return list(_catalogue()["gpus"])
@@ -232,6 +245,11 @@ def _cluster(values: dict[str, Any], origin: str, folder: Path) -> Cluster:
     if section is not None:
         inside = _inside(section, gpu, rates, problems)
         between = _between(section, inside, rates, problems)
+    if section is not None and not section.name.isprintable():
+        problems.append("cluster.name has characters that cannot be printed; choose another name")
+    if rates is not None and gpu is not None and rates.precision not in gpu.peak_flops and (rates.matmul or rates.attention or rates.best_matmul_tflops):
+        problems.append(f"cluster.rates.precision={rates.precision}: there is no figure of {gpu.name} for it; add one to gpu.peak_flops, or measure in "
+                        f"{' or '.join(gpu.peak_flops)}")  # fmt: skip
     if problems:
         raise ConfigError([f"{origin}: {problem}" for problem in problems])
     assert section is not None and gpu is not None and inside is not None and between is not None

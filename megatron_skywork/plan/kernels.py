@@ -37,6 +37,8 @@ from megatron_skywork.plan.rates import AttentionPoint, GroupedPoint, MatmulPoin
 
 NUMBER_BYTES = {"fp8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 SHORT_SEQUENCE = 380.0
+# Peaks are sometimes stated too low (a device that clocks higher), never by more than this.
+MOST_OF_PEAK = 1.25
 BACKWARD_FLOPS = 2.5
 
 
@@ -88,6 +90,11 @@ class Kernels:
         if precision not in gpu.peak_flops:
             raise ConfigError(f"precision={precision}: there is no figure of {gpu.name} for it; it has {', '.join(gpu.peak_flops)}")
         self.shares = shares(gpu, rates)
+        for name in ("matmul", "grouped_matmul", "attention_forward", "attention_backward", "memory"):
+            share = getattr(self.shares, name)
+            if not 0 < share <= MOST_OF_PEAK:
+                raise ConfigError(f"rates of {gpu.name}: {name} comes to {share:.3g} of its peak, which no device reaches; look at the units of its points "
+                                  "(tflops, bytes, bytes_per_second) and at the peaks")  # fmt: skip
         self.launch_seconds = self.shares.launch_seconds
         self._number = NUMBER_BYTES[precision]
         self._flops = gpu.peak_flops[precision] * sustained

@@ -5,14 +5,16 @@ number in the compute precision, R rows of routed experts on a rank (assignments
 
     attention       [N, H] x [H, (A + 2 G) / tp], causal attention of heads / tp, [N, A / tp] x [A / tp, H]
     feed-forward    [N, H] x [H, 2 F / tp], SwiGLU, [N, F / tp] x [F / tp, H]
-    experts         gate [T, H] x [H, E] in fp32, rows out (all-to-all), [R, H] x [H, 2 F / etp] and back for E / ep experts, rows in (all-to-all)
+    experts         gate (a pass over its tokens; its product is small), rows out (all-to-all), [R, H] x [H, 2 F / etp] and back for E / ep experts, rows in
     output, loss    [N, H] x [H, V / tp], four passes over logits; backward two products, three where logits are not kept
+    context parallel  keys and values of a rank sent cp - 1 times to the next one (a ring, as Transformer Engine has it), in backward with their gradients
     backward        both products of each, one for inputs and one for weights; weights' gradients are added to fp32 buffers: 8 bytes a parameter
     recomputed      a layer, or the modules named, once more forward, collectives included
     elementwise     passes over memory: norms, residuals, rotary positions, SwiGLU, gathering and summing of rows, as the product's kernels read and write
 
-Overlap: none inside a layer. megatron-core runs backward's all-gather and reduce-scatter beside products; but they take processors and memory bandwidth from
-them, and published runs come out nearer when they are waited for in full (docs/planning.md), so that is what is counted.
+Overlap: none inside a layer, but for keys and values that travel beside attention (what is longer counts). megatron-core runs backward's all-gather and
+reduce-scatter beside products; but they take processors and memory bandwidth from them, and published runs come out nearer when they are waited for in full
+(docs/planning.md), so that is what is counted.
 Collectives' sizes are those of communication.py; a test holds their sums equal.
 """
 
@@ -50,7 +52,7 @@ def added(*parts: Seconds) -> Seconds:
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds of a part of the model for one micro-batch, by kind: products, attention, elementwise, tp, ep.
+    """Seconds of a part of the model for one micro-batch, by kind: products, attention, elementwise, tp, cp, ep.
 
     Args:
         forward, backward: backward without recomputation.
@@ -165,11 +167,15 @@ class LayerCost:
         m, p, t = self._config.model, self._config.parallel, self._config.train
         heads, groups = m.num_attention_heads // p.tp, max(m.resolved_query_groups // p.tp, 1)
 
-        def seconds(backward: bool) -> float:
+        def seconds(backward: bool) -> Seconds:
             # Context parallelism deals each rank its share of every sequence's work.
-            return self._kernels.attention(t.micro_batch_size / p.cp, self._config.data.seq_length, heads, groups, m.resolved_head_dim, backward=backward)
+            work = self._kernels.attention(t.micro_batch_size / p.cp, self._config.data.seq_length, heads, groups, m.resolved_head_dim, backward=backward)
+            # Keys and values go round among the ranks, in backward with their gradients, beside the products of those that came before.
+            around = (1 + backward) * (p.cp - 1) * self._sizes.group_tokens * self._sizes.keys_values / p.tp * self._sizes.number_bytes
+            passed = self._network.sent("cp", "send", around, calls=p.cp - 1)
+            return Seconds(attention=work, cp=max(passed - work, 0.0))
 
-        return Part(Seconds(attention=seconds(False)), Seconds(attention=seconds(True)))
+        return Part(seconds(False), seconds(True))
 
     def _linear_pair(self, width: int) -> Part:
         """A dense feed-forward, or a shared expert."""

@@ -22,9 +22,6 @@ from megatron_skywork.plan.parameters import held_parameters
 from megatron_skywork.plan.split_bounds import Load, Pipeline, Ranges
 from megatron_skywork.plan.stages import batch
 
-# Beside what torch allocates, a GPU holds a CUDA context and NCCL's buffers (`memory.py` counts neither). They were not measured: this is a choice.
-RESERVE_BYTES = 2 * 2**30
-
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
     """A configuration with some settings of some sections replaced; nothing is checked."""
@@ -40,11 +37,6 @@ def with_split(config: Config, layers: Sequence[int], recomputed: Sequence[int])
     elif config.parallel.recompute == "full":
         split |= {"recompute": "none", "recompute_layers": None}
     return changed(config, parallel=split)
-
-
-def room_bytes(cluster: Cluster, reserve_bytes: float = RESERVE_BYTES) -> float:
-    """What a run may allocate on one GPU."""
-    return cluster.gpu.memory_bytes - reserve_bytes
 
 
 def pipeline_of(config: Config, cluster: Cluster, room: float) -> Pipeline:

@@ -63,10 +63,6 @@ class Layout:
         degrees = [f"{name} {getattr(self, name)}" for name in _PARALLEL if getattr(self, name) > 1]
         return ", ".join([*degrees, f"micro-batch {self.micro_batch_size}"])
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 def layout_of(config: Config) -> Layout:
     """A configuration's own layout."""

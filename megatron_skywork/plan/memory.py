@@ -31,6 +31,7 @@ from itertools import accumulate
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan.activations import GPU, Device, Tokens, added_gradient, given_rows, layer_activations, layer_parts, plan_bytes, tokens_of
 from megatron_skywork.plan.communication import COMPUTE_BYTES, FP32, INT64, buffer_numbers, padded
+from megatron_skywork.plan.hardware import Cluster
 from megatron_skywork.plan.parameters import held_parameters
 from megatron_skywork.plan.pipeline import order
 from megatron_skywork.plan.stages import batch, pieces, recomputed_layers, stage_chunks
@@ -41,6 +42,9 @@ FRAGMENTATION = 0.09
 COLUMN_MULTIPLE = 64
 # Tokens, labels and positions in int64 and the mask in fp32.
 BATCH_BYTES = 3 * INT64 + FP32
+
+# Beside what torch allocates, a GPU holds a CUDA context and NCCL's buffers, which are not counted here. They were not measured: this is a choice.
+RESERVE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,11 @@ def in_flight(config: Config, micro_batches: int) -> list[list[int]]:
         states = [list(counts) for _, _, counts in _states(config.parallel.pp, config.parallel.vpp, micro_batches, stage)]
         found.append(max(states, key=lambda counts: sum(count * size for count, size in zip(counts, sizes, strict=True))))
     return found
+
+
+def room_bytes(cluster: Cluster, reserve_bytes: float = RESERVE_BYTES) -> float:
+    """What a run may allocate on one GPU."""
+    return cluster.gpu.memory_bytes - reserve_bytes
 
 
 @lru_cache(maxsize=4096)

@@ -21,9 +21,9 @@ from megatron_skywork.config.validate import uneven_split
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.plan.estimate import estimate
 from megatron_skywork.plan.hardware import Cluster
-from megatron_skywork.plan.layout_costs import RESERVE_BYTES, changed, held_bytes, pipeline_of, room_bytes, with_split
+from megatron_skywork.plan.layout_costs import changed, held_bytes, pipeline_of, with_split
 from megatron_skywork.plan.layouts import problems_of
-from megatron_skywork.plan.memory import stage_memory
+from megatron_skywork.plan.memory import RESERVE_BYTES, room_bytes, stage_memory
 from megatron_skywork.plan.splits import best_split, given_split
 
 _DEGREES = ("tp", "pp", "vpp", "ep", "etp", "cp")
@@ -63,7 +63,7 @@ def nearest(config: Config, cluster: Cluster, *, reserve_bytes: float = RESERVE_
     reasons = problems or _lacking(config, world, room)
     if not reasons:
         return None
-    fixed = _other_problems(config, world)
+    fixed = other_problems(config, world)
     if fixed:
         raise ConfigError([*fixed, "no other layout changes that; set these right first"])
     found = _that_work(config, cluster, room, is_only_memory=not problems) if _least_held(config, world) <= room else []
@@ -91,7 +91,7 @@ def _least_held(config: Config, world: int) -> float:
     return held_bytes(alone, world) / world
 
 
-def _other_problems(config: Config, world: int) -> list[str]:
+def other_problems(config: Config, world: int) -> list[str]:
     """Sentences of rules that read no setting that is tried here, and of sections' own rules."""
     from_layout = [sentence for reads, rule in RULES if overlap(reads, (*_SETTINGS, "parallel.layers_per_stage")) for sentence in rule(config, world)]
     return [problem for problem in problems_of(config, world) if problem not in from_layout]

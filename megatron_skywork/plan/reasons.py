@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan.collective_time import Network
-from megatron_skywork.plan.estimate import Estimate
+from megatron_skywork.plan.estimate import PART_NAMES, Estimate
 from megatron_skywork.plan.hardware import Cluster
 from megatron_skywork.plan.stages import batch, recomputed_layers
 
@@ -12,11 +12,6 @@ from megatron_skywork.plan.stages import batch, recomputed_layers
 _WORTH = 0.01
 # Memory that is this full decides what else is possible.
 _FULL = 0.93
-_NAMES = {
-    "products": "matrix products", "attention": "attention", "elementwise": "elementwise kernels", "tp": "tensor-parallel collectives",
-    "ep": "the experts' exchange", "recomputation": "recomputation", "gradients and parameters": "gradients and parameters over data parallelism",
-    "optimizer": "the optimizer", "waiting": "waiting for other stages",
-}  # fmt: skip
 
 
 def limits(config: Config, cluster: Cluster, foreseen: Estimate, room: float) -> str:
@@ -32,7 +27,8 @@ def limits(config: Config, cluster: Cluster, foreseen: Estimate, room: float) ->
         "waiting": f"{p.pp} stages" + (f" of {p.vpp} chunks" if p.vpp > 1 else "") + f", {count} micro-batches",
     }
     costs = sorted(((seconds / step, name) for name, seconds in foreseen.parts.items() if name not in ("products", "attention")), reverse=True)
-    said = [f"{100 * share:.1f} % {_NAMES.get(name, name)}" + (f" ({details[name]})" if name in details else "") for share, name in costs if share >= _WORTH]
+    words = {name: PART_NAMES[name] + (f" ({details[name]})" if name in details else "") for _, name in costs}
+    said = [f"{100 * share:.1f} % {words[name]}" for share, name in costs if share >= _WORTH]
     fullest = max(memory.total for memory in foreseen.memory)
     stage = next(stage for stage, memory in enumerate(foreseen.memory, start=1) if memory.total == fullest)
     full = f"; memory is full on stage {stage}: {fullest / 1e9:.1f} of {room / 1e9:.1f} GB" if fullest > _FULL * room else ""
@@ -46,5 +42,5 @@ def compared(foreseen: Estimate, best: Estimate) -> str:
         return ""
     names = {*foreseen.parts, *best.parts}
     differences = sorted(((foreseen.parts.get(name, 0.0) - best.parts.get(name, 0.0), name) for name in names), reverse=True)
-    more = [f"{_NAMES.get(name, name)} (+{100 * seconds / best.step_seconds:.1f} %)" for seconds, name in differences[:2] if seconds > lost / 4]
+    more = [f"{PART_NAMES.get(name, name)} (+{100 * seconds / best.step_seconds:.1f} %)" for seconds, name in differences[:2] if seconds > lost / 4]
     return f"; {100 * lost / best.step_seconds:.1f} % slower than the best by {' and '.join(more)}" if more else ""

@@ -21,8 +21,9 @@ from megatron_skywork.config.schema import Config
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.plan.estimate import Estimate, estimate
 from megatron_skywork.plan.hardware import Cluster
-from megatron_skywork.plan.layout_costs import RESERVE_BYTES, changed, held_bytes, least_bytes, pipeline_of, room_bytes, with_split
+from megatron_skywork.plan.layout_costs import changed, held_bytes, least_bytes, pipeline_of, with_split
 from megatron_skywork.plan.layouts import Layout, layout_of, layouts, least_ends_seconds, least_seconds, problems_of
+from megatron_skywork.plan.memory import RESERVE_BYTES, room_bytes
 from megatron_skywork.plan.reasons import compared, limits
 from megatron_skywork.plan.splits import Split, best_split
 
@@ -85,7 +86,7 @@ class SearchResult:
     """The best plans, fastest first.
 
     Args:
-        bound_seconds: no layout that was not foreseen has a step that takes less.
+        bound_seconds: no layout that was not foreseen has a step that takes less; None where every one was.
         room_bytes: what a run may allocate on one GPU.
         seconds: that the search took.
     """
@@ -93,7 +94,7 @@ class SearchResult:
     plans: list[Plan]
     own: Own
     counts: Counts
-    bound_seconds: float
+    bound_seconds: float | None
     room_bytes: float
     seconds: float
 
@@ -149,7 +150,7 @@ def search(
                           "train.global_batch_size does not help")  # fmt: skip
     own = _own(config, cluster, room, plans, everything, [least for least, _, _ in heap])
     plans = [replace(plan, reason=limits(plan.config, cluster, plan.estimate, room) + compared(plan.estimate, plans[0].estimate)) for plan in plans]
-    return SearchResult(plans, own, counts, min((least for least, _, _ in heap), default=math.inf), room, monotonic() - began)
+    return SearchResult(plans, own, counts, min((least for least, _, _ in heap), default=None), room, monotonic() - began)
 
 
 def plan_yaml(plan: Plan) -> str:

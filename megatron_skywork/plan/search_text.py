@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_skywork.metrics.wording import gibibytes, percent
 from megatron_skywork.plan.expert_layouts import ExpertLayout
+from megatron_skywork.plan.layouts import Layout
 from megatron_skywork.plan.nearest import Nearest
 from megatron_skywork.plan.search import Plan, SearchResult
 
@@ -33,8 +34,12 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def search_lines(found: SearchResult) -> list[str]:
-    """The same for people."""
+def search_lines(found: SearchResult, given: Layout) -> list[str]:
+    """The same for people.
+
+    Args:
+        given: the layout that a plan's capacity, precision and moments are compared with.
+    """
     counts = found.counts
     lines = [
         f"{counts.enumerated:,} layouts in {found.seconds:.0f} s: {counts.pruned_by_bound:,} cannot be among the best by their bound, "
@@ -46,16 +51,22 @@ def search_lines(found: SearchResult) -> list[str]:
             f"{number:>2}. {plan.layout.words()}: {foreseen.step_seconds:.3f} s, {foreseen.tokens_per_gpu_second:,.0f} tokens per GPU and second, "
             f"MFU {percent(foreseen.mfu)}, {gibibytes(max(memory.total for memory in foreseen.memory))}",
             f"    layers {_listed(plan.split.layers)}{_again(plan)}{gap}",
-            f"    {plan.reason}",
+            f"    {_changes(plan.layout, given)}{plan.reason}",
         ]
     rank = "" if found.own.rank_at_least is None else f" (place {found.own.rank_at_least:,} to {found.own.rank_at_most:,})"
     return [*lines, f"the given one{rank}: {found.own.why}"]
 
 
+def _changes(layout: Layout, given: Layout) -> str:
+    names = ("capacity_factor", "precision", "moments")
+    changed = [f"{name} {getattr(layout, name)} instead of {getattr(given, name)}" for name in names if getattr(layout, name) != getattr(given, name)]
+    return f"changes what is learned: {', '.join(changed)}; " if changed else ""
+
+
 def _proven(found: SearchResult) -> str:
     if not found.counts.left:
         return "none is left: these are the best"
-    return f"{found.counts.left:,} were not come to, none of them below {found.bound_seconds:.3f} s"
+    return f"{found.counts.left:,} were not come to, none of them below {found.bound_seconds or 0:.3f} s"
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
@@ -69,27 +80,33 @@ def _again(plan: Plan) -> str:
     return f", recomputed {_listed(plan.split.recomputed)}" if any(plan.split.recomputed) else ", nothing recomputed"
 
 
-def split_lines(plan: Plan | None, given_seconds: float) -> list[str]:
+def split_lines(plan: Plan | None, given_seconds: float, *, fits: bool) -> list[str]:
     """The best split of the given degrees, beside the given one."""
     if plan is None:
         return ["in these degrees no split fits, whatever is recomputed"]
     faster = 1 - plan.estimate.step_seconds / given_seconds
     beside = "as fast as the given one" if abs(faster) < 1e-6 else f"{percent(abs(faster))} {'faster' if faster > 0 else 'slower'} than the given one"
     gap = f"another split could at most be {percent(plan.split.gap)} faster" if plan.split.gap else "no other split is faster"
+    beside += "" if fits else ", which does not fit"
     return [f"layers {_listed(plan.split.layers)}{_again(plan)}: {plan.estimate.step_seconds:.3f} s a step, {beside}; {gap}"]
 
 
-def expert_lines(layouts: list[ExpertLayout]) -> list[str]:
-    """The three ways to lay out experts."""
+def expert_lines(layouts: list[ExpertLayout], room: float) -> list[str]:
+    """Ways to lay out experts.
+
+    Args:
+        room: bytes a run may allocate on one GPU.
+    """
     lines = []
     for one in layouts:
-        name = f"{one.name:<13} ep {one.ep}, etp {one.etp}:"
+        name = f"{one.name:<24} ep {one.ep}, etp {one.etp}:"
         if one.estimate is None:
             lines.append(f"{name} {one.problem}")
             continue
         where = "across nodes" if one.crosses_nodes else "inside a node"
         lines.append(
-            f"{name} {one.estimate.step_seconds:8.3f} s a step, {one.exchange_seconds:.3f} s of it exchange of rows ({where}), {gibibytes(one.fullest_bytes)}")
+            f"{name} {one.estimate.step_seconds:8.3f} s a step, {one.exchange_seconds:.3f} s of it exchange of rows ({where}), {gibibytes(one.fullest_bytes)}"
+            + ", which does not fit" * (one.fullest_bytes > room))
     return lines
 
 

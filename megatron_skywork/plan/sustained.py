@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from megatron_skywork.plan.estimate import Estimate
+from megatron_skywork.plan.estimate import COLLECTIVES, Estimate
 from megatron_skywork.plan.hardware import Sustained
 
 # 1 / k and 1 / c lie between these.
 LEAST, MOST = 0.5, 4.0
 _ONCE_A_STEP = {"gradients and parameters": "collectives", "optimizer": "kernels"}
-_COLLECTIVES = ("tp", "ep")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def sample(foreseen: Estimate, measured_seconds: float) -> Sample:
         if name in _ONCE_A_STEP:
             once[_ONCE_A_STEP[name]] += part
         elif name != "waiting":
-            seconds["collectives" if name in _COLLECTIVES else "kernels"] += part
+            seconds["collectives" if name in COLLECTIVES else "kernels"] += part
     waiting = 1 + foreseen.parts["waiting"] / sum(seconds.values())
     return Sample(seconds["kernels"] * waiting + once["kernels"], seconds["collectives"] * waiting + once["collectives"], measured_seconds)
 

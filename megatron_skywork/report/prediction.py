@@ -21,7 +21,7 @@ from megatron_skywork.errors import ConfigError
 from megatron_skywork.metrics.wording import gibibytes, percent
 from megatron_skywork.plan.describe_estimate import part_of
 from megatron_skywork.plan.estimate import estimate
-from megatron_skywork.plan.hardware import Cluster, load_cluster, one_node
+from megatron_skywork.plan.hardware import Cluster, load_cluster, one_node, packaged_gpu
 from megatron_skywork.plan.memory import StageMemory, stage_memory
 from megatron_skywork.report.load import Run
 
@@ -137,6 +137,9 @@ def _speed(run: Run, config: Config, world_size: int, device: str, given: Cluste
     rows = [Row(name, unit, predicted[name], value) for name, unit, value in measured]
     rates = cluster.rates.source or "measured there"
     notes = [f"Speed is foreseen for {cluster.name} ({cluster.gpu.name}; rates: {rates}), with experts that get equally many tokens."]
+    known = packaged_gpu(device)
+    if cluster.gpu.name not in (device, known.name if known else device):
+        notes.insert(0, f"The run's device is {device or 'not recorded'}, the cluster's {cluster.gpu.name}: two machines are compared.")
     if config.parallel.pp > 1:
         notes.append("Bubble: the share of the pipeline's time in which a stage waits for others, mean over stages"
                      + ("." if bubble is not None else "; this run did not record it."))  # fmt: skip

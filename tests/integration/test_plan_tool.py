@@ -34,7 +34,7 @@ def test_the_146b_on_1536_a800_without_torch() -> None:
     assert found["world_size"] == 1536 and found["passed"] and found["memory"]["gpu"]["fits"]
     # 690 are published; what the cluster file says training keeps was found with Skywork-13B alone.
     assert found["speed"]["tokens_per_gpu_second"] == pytest.approx(690, rel=0.08)
-    assert [layout["name"] for layout in found["expert_layouts"]] == ["EP inside TP", "expert TP", "EP over DP"]
+    assert [layout["name"] for layout in found["expert_layouts"]] == ["EP inside TP, as given", "expert TP", "EP over DP", "whole, over DP"]
     seconds = [layout["step_seconds"] for layout in found["expert_layouts"]]
     assert seconds[0] == min(seconds), "the report's argument: whole experts on the ranks that split attention"
     assert {row["group"] for row in found["collectives"]["rows"]} >= {"tp", "ep", "pp", "expert_dp"}
@@ -74,14 +74,16 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
     [
         (["parallel.tp=5"], "the nearest plan that works: parallel.tp=4"),
         (["--nodes", "191"], "world size 1528 is not a multiple"),
-        (["--nodes", "0"], "--nodes=0: must be at least 1"),
+        (["--nodes", "0"], "--nodes=0: must be 1 to 100000"),
         (["--days", "0"], "--days=0: must be a number above 0"),
         (["--failures", "often"], "is no known failure rate; use llama3"),
         (["--vary", "capacity"], "--vary goes with --search"),
         (["--search", "--vary", "colour"], "--vary=colour: cannot be varied; use capacity or precision"),
         (["--tokens", "3,000B"], "is no number of tokens"),
         (["train.precision=fp8"], "train.precision"),
-        (["--schedule", "interleaved"], "interleaved"),
+        (["--html", ""], "--html=: is no name of a file"),
+        (["--search", "--write", "/nowhere/x.yaml"], "--write=/nowhere/x.yaml: is no name of a file"),
+        (["parallel.gpus_per_node=4"], "nodes of a800_192x8 have 8 GPUs"),
     ],
 )
 def test_mistakes_are_answered_in_sentences(words: list[str], said: str) -> None:
@@ -99,6 +101,23 @@ def test_an_unknown_gpu_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_zero_bubble_is_a_what_if_with_less_idle_time() -> None:
-    answers = [plan("--config", MOE, "--cluster", A800, "--json", *words).stdout for words in ([], ["--schedule", "zero-bubble"])]
-    given, what_if = (json.loads(answer)["pipeline"]["bubble"] for answer in answers)
-    assert what_if < given
+    found = json.loads(plan("--config", MOE, "--cluster", A800, "--json", "--what-if", "zero-bubble").stdout)
+    assert found["what_if"]["bubble"] < found["pipeline"]["bubble"]
+    plain = json.loads(plan("--config", MOE, "--cluster", A800, "--json").stdout)
+    assert found["speed"] == plain["speed"] and found["budget"] == plain["budget"], "what the trainer does not run costs nothing"
+
+
+def test_a_layout_that_cannot_run_is_searched_for_better_ones(tmp_path: Path) -> None:
+    best = tmp_path / "best.yaml"
+    words = ["--config", "configs/tiny.yaml", "--cluster", "dgx_h100:1", *SMALL, "parallel.pp=5", "--search", "--write", str(best), "--json"]
+    done = plan(*words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert any("parallel.pp=5" in problem for problem in found["problems"]) and found["search"]["own"]["step_seconds"] is None
+    assert load_config([best], [], 8).parallel.pp != 5
+
+
+def test_the_dry_run_and_the_plan_know_the_same_nodes() -> None:
+    words = ["--config", MOE, "--cluster", "configs/clusters/gb200_8x72.yaml"]
+    dry = subprocess.run([sys.executable, "launch/pretrain_moe.py", "--dry-run", *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert "576 ranks on 8 nodes of 72" in dry.stdout and "576 ranks on 8 nodes of 72" in plan(*words).stdout

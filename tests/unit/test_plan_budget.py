@@ -163,16 +163,17 @@ def test_the_size_of_a_checkpoint_by_hand():
 
 
 def test_a_save_takes_at_least_what_its_rates_say():
-    """The first of 32 ranks that share a stage's optimizer, on 32 nodes: 12 of 14 bytes come over its share of the network, all go to the host."""
+    """The first of 32 ranks that share a stage's optimizer, on 16 nodes, two of them on each: 12 of 14 bytes come over two shares of the network, all
+    go to the host."""
     config, size, cluster = skywork(), checkpoint_size(skywork()), load_cluster(str(CONFIGS / "clusters" / "a800_192x8.yaml"))
     gathered = size.largest_writer * size.optimizer / size.total * 31 / 32
-    seconds = gathered / cluster.between.bytes_per_second + size.largest_writer / (16 * 16e9 / 8 * 128 / 130)
+    seconds = gathered / (2 * cluster.between.bytes_per_second) + size.largest_writer / (16 * 16e9 / 8 * 128 / 130)
     least = save_cost(config, cluster)
-    assert least.stall_seconds == pytest.approx(seconds) and least.written_seconds == 0 and least.is_least and "not known" in least.source
+    assert least.stall_seconds == pytest.approx(seconds, rel=1e-3) and least.written_seconds == 0 and least.is_least and "not known" in least.source
     stored = save_cost(config, cluster, 20e9)
     assert stored.stall_seconds == least.stall_seconds and stored.written_seconds == pytest.approx(size.total / 20e9)
     waited = save_cost(skywork("checkpoint.background=false"), cluster, 20e9)
-    assert waited.stall_seconds == pytest.approx(seconds + size.total / 20e9) and waited.written_seconds == 0
+    assert waited.stall_seconds == pytest.approx(seconds + size.total / 20e9, rel=1e-3) and waited.written_seconds == 0
 
 
 def test_a_measured_copy_to_the_host_counts_and_one_rank_gathers_nothing():

@@ -17,7 +17,7 @@ from megatron_skywork.plan.describe import describe, plan_text
 from megatron_skywork.plan.describe_estimate import memory_lines, memory_record, part_of, speed_lines, speed_record
 from megatron_skywork.plan.flops import train_flops_per_token
 from megatron_skywork.plan.hardware import load_cluster, one_node
-from megatron_skywork.plan.memory import stage_memory
+from megatron_skywork.plan.memory import RESERVE_BYTES, stage_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 MOE_146B, A800 = str(ROOT / "configs" / "skywork_moe_146b.yaml"), str(ROOT / "configs" / "clusters" / "a800_192x8.yaml")
@@ -54,9 +54,9 @@ def test_memory_is_that_of_every_stage_and_the_largest_decides():
 ])  # fmt: skip
 def test_whether_it_fits(spare: int, said: str):
     cluster, needed = load_cluster(A800), memory_record(skywork(), 1536)["largest_bytes"]
-    cluster = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=needed + spare))
+    cluster = replace(cluster, gpu=replace(cluster.gpu, memory_bytes=needed + RESERVE_BYTES + spare))
     memory = memory_record(skywork(), 1536, cluster)
-    assert memory["gpu"] == {"name": "A800-80G", "memory_bytes": needed + spare, "fits": spare >= 0}
+    assert memory["gpu"] == {"name": "A800-80G", "memory_bytes": needed + RESERVE_BYTES + spare, "room_bytes": needed + spare, "fits": spare >= 0}
     assert said in "\n".join(memory_lines(memory))
 
 

@@ -9,8 +9,8 @@ from megatron_skywork.config.schema import Config
 from megatron_skywork.config.validate import find_problems
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.plan.hardware import load_cluster
-from megatron_skywork.plan.layout_costs import RESERVE_BYTES, changed
-from megatron_skywork.plan.memory import stage_memory
+from megatron_skywork.plan.layout_costs import changed
+from megatron_skywork.plan.memory import RESERVE_BYTES, stage_memory
 from megatron_skywork.plan.nearest import nearest, overrides_between
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

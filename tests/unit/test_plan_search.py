@@ -13,9 +13,9 @@ from megatron_skywork.errors import ConfigError
 from megatron_skywork.plan.estimate import estimate
 from megatron_skywork.plan.expert_layouts import expert_layouts
 from megatron_skywork.plan.hardware import load_cluster
-from megatron_skywork.plan.layout_costs import RESERVE_BYTES, held_bytes, least_bytes, pipeline_of, room_bytes, with_split
+from megatron_skywork.plan.layout_costs import held_bytes, least_bytes, pipeline_of, with_split
 from megatron_skywork.plan.layouts import Layout, layout_of, layouts, least_ends_seconds, least_seconds
-from megatron_skywork.plan.memory import stage_memory
+from megatron_skywork.plan.memory import RESERVE_BYTES, room_bytes, stage_memory
 from megatron_skywork.plan.pipeline import held
 from megatron_skywork.plan.search import plan_of, plan_yaml, search
 from megatron_skywork.plan.splits import best_split
@@ -193,14 +193,14 @@ def test_nothing_fits_is_an_error():
 def test_expert_layouts_of_the_report():
     """Appendix B: on 1536 A800, exchanging inside the attention's ranks costs less than over data parallelism, whose ranks lie on other nodes."""
     config = load_config([str(CONFIGS / "skywork_moe_146b.yaml")], [], 1536)
-    inside, split, over = expert_layouts(config, load_cluster(str(CONFIGS / "clusters" / "a800_192x8.yaml")))
-    assert [(one.ep, one.etp, one.crosses_nodes) for one in (inside, split, over)] == [(4, 1, False), (1, 4, False), (4, 4, True)]
-    assert inside.exchange_seconds < split.exchange_seconds and inside.exchange_seconds < over.exchange_seconds
+    inside, split, over, whole = expert_layouts(config, load_cluster(str(CONFIGS / "clusters" / "a800_192x8.yaml")))
+    assert [(one.ep, one.etp, one.crosses_nodes) for one in (inside, split, over, whole)] == [(4, 1, False), (1, 4, False), (4, 4, True), (16, 1, True)]
+    assert inside.name.endswith("as given") and inside.exchange_seconds < split.exchange_seconds and inside.exchange_seconds < over.exchange_seconds
     assert inside.estimate.step_seconds == estimate(config, load_cluster(str(CONFIGS / "clusters" / "a800_192x8.yaml"))).step_seconds
 
 
 def test_expert_layouts_that_a_rule_forbids_say_so():
-    _, split, _ = expert_layouts(model(moe={"num_experts": 4, "ffn_hidden_size": 129}, parallel={"tp": 2}), NODE)
+    split = next(one for one in expert_layouts(model(moe={"num_experts": 4, "ffn_hidden_size": 129}, parallel={"tp": 2}), NODE) if one.name == "expert TP")
     assert split.estimate is None and "129" in split.problem
     with pytest.raises(ConfigError, match="moe"):
         expert_layouts(model(moe=None), NODE)
