@@ -34,8 +34,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, metavar="N", help="as many of the cluster's nodes, instead of what its file says")
     parser.add_argument("--what-if", choices=["zero-bubble"], help="also: the pipeline in an order that the trainer does not run")
     parser.add_argument("--search", action="store_true", help="look for better layouts: all degrees, splits and recomputation that fit")
-    looked = "how long to look (default 40); what was not come to is counted, with its bound"
-    parser.add_argument("--search-seconds", type=float, default=40.0, metavar="S", help=looked)
+    looked = "how long to look (default 120); what was not come to is counted, with its bound"
+    parser.add_argument("--search-seconds", type=float, default=120.0, metavar="S", help=looked)
     parser.add_argument("--vary", default="", metavar="WHAT", help="with --search also: capacity, precision (with a comma between)")
     parser.add_argument("--write", metavar="FILE", help="with --search: the best plan's settings, which the trainer runs as they are")
     parser.add_argument("--tokens", metavar="COUNT", help="tokens to train on, e.g. 3T, instead of what train.steps comes to")

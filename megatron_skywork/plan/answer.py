@@ -52,7 +52,7 @@ class Wanted:
 
     what_if: str | None = None
     search: bool = False
-    search_seconds: float = 40.0
+    search_seconds: float = 120.0
     vary: tuple[str, ...] = ()
     write: str | None = None
     tokens: str | None = None

@@ -46,7 +46,7 @@ class SustainedSection(Section):
     """What training keeps of the rates of single kernels and collectives."""
 
     kernels: float = Field(1.0, gt=0, le=2, description="Share of the kernels' rates; above 1 where those were guessed too low.")
-    collectives: float = Field(1.0, gt=0, le=2, description="Share of the links' rates.")
+    collectives: float = Field(1.0, gt=0, le=1, description="Share of the links' rates.")
     source: str = Field(description="The runs it was found with.")
 
 

@@ -101,7 +101,7 @@ class SearchResult:
 
 def search(
     config: Config, cluster: Cluster, *, vary: Collection[str] = (), limit: int = 10, progress: Progress | None = None,
-    reserve_bytes: float = RESERVE_BYTES, most_seconds: float = 40.0,
+    reserve_bytes: float = RESERVE_BYTES, most_seconds: float = 120.0,
 ) -> SearchResult:  # fmt: skip
     """The fastest plans for a model, a global batch and all GPUs of a cluster.
 

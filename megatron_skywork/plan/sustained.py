@@ -5,7 +5,8 @@ A step takes about
     T = kernels / k + collectives / c
 
 where both sums are those of an estimate with k = c = 1, each with its share of the waiting in the pipeline. k and c are chosen so that the mean of
-|T - measured| / measured is least, which two runs (or one run and a bound) always determine. Two numbers cannot be made to fit a row that is not among those
+|T - measured| / measured is least, which two runs (or one run and a bound) always determine. No link gives more than its rate, so c <= 1; kernels' rates may
+have been guessed too low. Two numbers cannot be made to fit a row that is not among those
 they were found with, which is how docs/planning.md uses them.
 """
 
@@ -18,8 +19,8 @@ from itertools import combinations
 from megatron_skywork.plan.estimate import COLLECTIVES, Estimate
 from megatron_skywork.plan.hardware import Sustained
 
-# 1 / k and 1 / c lie between these.
-LEAST, MOST = 0.5, 4.0
+# Between these lie 1 / k and 1 / c.
+KERNELS, LINKS = (0.5, 4.0), (1.0, 4.0)
 _ONCE_A_STEP = {"gradients and parameters": "collectives", "optimizer": "kernels"}
 
 
@@ -69,10 +70,10 @@ def find(samples: Sequence[Sample], source: str) -> Sustained:
 
 def _corners(samples: Sequence[Sample]) -> Sequence[tuple[float, float]]:
     """Where the least error can lie: it is piecewise linear, so two samples are met exactly there, or one at a bound, or two bounds."""
-    found = [(kernels, collectives) for kernels in (LEAST, MOST) for collectives in (LEAST, MOST)] + [(1.0, 1.0)]
+    found = [(kernels, collectives) for kernels in KERNELS for collectives in LINKS] + [(1.0, 1.0)]
     for one in samples:
-        found += [((one.measured - bound * one.collectives) / one.kernels, bound) for bound in (LEAST, MOST)]
-        found += [(bound, (one.measured - bound * one.kernels) / one.collectives) for bound in (LEAST, MOST) if one.collectives]
+        found += [((one.measured - bound * one.collectives) / one.kernels, bound) for bound in LINKS]
+        found += [(bound, (one.measured - bound * one.kernels) / one.collectives) for bound in KERNELS if one.collectives]
     for one, other in combinations(samples, 2):
         determinant = one.kernels * other.collectives - other.kernels * one.collectives
         if determinant:
@@ -80,4 +81,4 @@ def _corners(samples: Sequence[Sample]) -> Sequence[tuple[float, float]]:
                 (one.measured * other.collectives - other.measured * one.collectives) / determinant,
                 (one.kernels * other.measured - other.kernels * one.measured) / determinant,
             ))  # fmt: skip
-    return [corner for corner in found if all(LEAST <= stretch <= MOST for stretch in corner)]
+    return [corner for corner in found if all(least <= stretch <= most for stretch, (least, most) in zip(corner, (KERNELS, LINKS), strict=True))]

@@ -249,3 +249,17 @@ def test_a_file_that_is_not_there(tmp_path: Path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not a text file"):
         load_cluster(str(tmp_path / "binary.yaml"))
+
+
+@pytest.mark.parametrize(("gpu", "more", "said"), [
+    ("{bf16: 0}", "", "peak_flops"),
+    ("{bf16: 1.0e15}", "\n  rates: {precision: fp32, matmul: [{rows: 8, inner: 8, columns: 8, tflops: 1.0}]}", "cluster.rates.precision=fp32: there is no figure"),
+    ("{bf16: 1.0e15}", '\n  name: "a\\e[31m"', "cluster.name has characters that cannot be printed"),
+])  # fmt: skip
+def test_own_numbers_that_cannot_be_are_refused(tmp_path: Path, gpu: str, more: str, said: str) -> None:
+    path = tmp_path / "mine.yaml"
+    own = f"{{name: own, memory_bytes: 8000000000, peak_flops: {gpu}, memory_bytes_per_second: 1.0e12, source: me}}"
+    link = "{bytes_per_second: 1.0e9, latency_seconds: 1.0e-6, source: me}"
+    path.write_text(f"cluster:\n  gpu: {own}\n  nodes: 1\n  gpus_per_node: 2\n  inside: {link}{more}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_cluster(str(path))

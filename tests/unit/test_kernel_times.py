@@ -243,3 +243,11 @@ def test_a_call_s_own_time_is_in_old_points_only():
     one_by_one, believed = shares(H100, RATES), shares(H100, in_a_row)
     assert one_by_one.forward_call_seconds > 0 and one_by_one.forward_short == 380
     assert believed.forward_call_seconds == 0 and believed.forward_short > 1000
+
+
+def test_rates_that_no_device_reaches_are_refused():
+    """A unit mistake must not become a plan."""
+    with pytest.raises(ConfigError, match="matmul comes to .* of its peak, which no device reaches"):
+        Kernels(H100, Rates.model_validate({"matmul": [{"rows": 8192, "inner": 8192, "columns": 8192, "tflops": 7.9e8}]}), "bf16")
+    with pytest.raises(ConfigError, match="memory comes to .* of its peak"):
+        Kernels(H100, Rates.model_validate({"copy": [{"bytes": 2**30, "bytes_per_second": 3e15}]}), "bf16")
