@@ -253,7 +253,8 @@ def test_a_file_that_is_not_there(tmp_path: Path):
 
 @pytest.mark.parametrize(("gpu", "more", "said"), [
     ("{bf16: 0}", "", "peak_flops"),
-    ("{bf16: 1.0e15}", "\n  rates: {precision: fp32, matmul: [{rows: 8, inner: 8, columns: 8, tflops: 1.0}]}", "cluster.rates.precision=fp32: there is no figure"),
+    ("{bf16: 1.0e15}", "\n  rates: {precision: fp32, matmul: [{rows: 8, inner: 8, columns: 8, tflops: 1.0}]}",
+     "cluster.rates.precision=fp32: there is no figure"),
     ("{bf16: 1.0e15}", '\n  name: "a\\e[31m"', "cluster.name has characters that cannot be printed"),
 ])  # fmt: skip
 def test_own_numbers_that_cannot_be_are_refused(tmp_path: Path, gpu: str, more: str, said: str) -> None:
