@@ -10,7 +10,14 @@ from megatron_skywork.config.schema import Config
 from megatron_skywork.metrics.wording import sized
 from megatron_skywork.plan.communication import busiest_stage
 from megatron_skywork.plan.describe_estimate import memory_lines, memory_record, part_of, speed_lines, speed_record
-from megatron_skywork.plan.flops import formula_text, forward_flops_per_token, report_flops_per_token, train_flops_per_token
+from megatron_skywork.plan.flops import (
+    formula_text,
+    forward_flops_per_token,
+    full_attention_flops_per_token,
+    hardware_flops_per_token,
+    report_flops_per_token,
+    train_flops_per_token,
+)
 from megatron_skywork.plan.hardware import Cluster
 from megatron_skywork.plan.parameters import count_parameters, stage_parameters
 from megatron_skywork.plan.stages import batch, recomputed_layers, stage_chunks
@@ -37,7 +44,8 @@ def describe(config: Config, world_size: int, cluster: Cluster | None = None) ->
     p, count, cut = config.parallel, count_parameters(config), batch(config, world_size)
     chunks, again, per_rank = stage_chunks(config), recomputed_layers(config), stage_parameters(config)
     groups = config_groups(config, world_size)
-    flops = {"forward": forward_flops_per_token(config), "train": train_flops_per_token(config), "report_convention": report_flops_per_token(config)}
+    flops = {"forward": forward_flops_per_token(config), "train": train_flops_per_token(config), "report_convention": report_flops_per_token(config),
+             "full_attention": full_attention_flops_per_token(config), "hardware": hardware_flops_per_token(config)}
     return {
         "config": config.model_dump(mode="json"),
         "world_size": world_size,
@@ -129,7 +137,10 @@ def _parameter_lines(parameters: dict[str, Any]) -> list[str]:
 
 def _flops_lines(flops: dict[str, Any]) -> list[str]:
     return [f"forward {flops['forward']:.4g}, forward and backward {flops['train']:.4g}", flops["formula"],
-            f"under the Skywork-MoE report's convention, 6 N_active + 12 L A S: {flops['report_convention']:.4g}"]
+            f"under the Skywork-MoE report's convention, 6 N_active + 12 L A S: {flops['report_convention']:.4g}",
+            f"attention counted in full, without the causal half: {flops['full_attention']:.4g}",
+            f"done by the hardware: {flops['hardware']:.4g} ({flops['hardware'] / flops['train'] - 1:+.1%} by recomputation, padded slots and vocabulary, "
+            "logits made again)"]
 
 
 def _layout_lines(plan: dict[str, Any], config: Config) -> list[str]:

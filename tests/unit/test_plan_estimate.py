@@ -11,7 +11,7 @@ from test_collective_time import LAYOUTS, cluster_of, config_of
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan.collective_time import Network
 from megatron_skywork.plan.estimate import estimate, model_pieces
-from megatron_skywork.plan.flops import forward_flops_per_token
+from megatron_skywork.plan.flops import forward_flops_per_token, full_attention_flops_per_token, hardware_flops_per_token, train_flops_per_token
 from megatron_skywork.plan.hardware import load_cluster
 from megatron_skywork.plan.layer_cost import LayerCost, piece
 from megatron_skywork.plan.stages import pieces, recomputed_layers
@@ -114,3 +114,33 @@ def test_recomputation_and_slower_links_take_longer_and_overlap_less() -> None:
 def test_pieces_carry_embedding_and_loss() -> None:
     first, middle, _, last = (each.forward.total() for each in model_pieces(config_of({"pp": 4}), load_cluster("dgx_h100:1"), 8))
     assert middle < first < last
+
+
+AGAIN: list[dict[str, Any]] = [
+    {}, {"recompute": "full"}, {"recompute": "full", "recompute_layers": [3, 1]}, {"recompute": "selective", "recompute_modules": ["core_attn", "moe"]},
+]  # fmt: skip
+
+
+PADDED: dict[str, Any] = {"capacity_factor": 1.5, "pad_to_capacity": True, "capacity_scope": "rank"}
+
+
+@pytest.mark.parametrize("moe", [None, {}, PADDED, {"shared_expert_ffn_hidden_size": 128, "layers": [1, 3]}], ids=str)
+@pytest.mark.parametrize("recompute", AGAIN, ids=str)
+@pytest.mark.parametrize("keep_logits", [True, False])
+def test_what_the_hardware_does_is_what_a_step_s_products_are(moe: dict[str, Any] | None, recompute: dict[str, Any], keep_logits: bool) -> None:
+    parallel = {"tp": 2, "pp": 2, **({"ep": 2} if moe is not None else {}), **recompute}
+    config = config_of(parallel, moe=moe, keep_logits=keep_logits)
+    found, tokens = flops(config, 8), config.data.seq_length
+    # The gate is a pass over memory in a step's cost, and runs again with the experts.
+    sparse = set(config.moe_layers)
+    again = {0, 1, 2, 4} & sparse if recompute.get("recompute_layers") else sparse if recompute else set()
+    gates = 2 * config.model.hidden_size * 8 * (3 * len(sparse) + len(again))
+    done = found["forward"] + found["backward"] + found["recomputed"]
+    assert hardware_flops_per_token(config) * tokens == pytest.approx(done + tokens * gates, rel=1e-9)
+
+
+def test_conventions_differ_by_what_they_say() -> None:
+    config = config_of({"tp": 2}, moe={})
+    half = 3 * 2 * config.model.num_layers * config.model.hidden_size * config.data.seq_length
+    assert full_attention_flops_per_token(config) - train_flops_per_token(config) == half
+    assert hardware_flops_per_token(config) == train_flops_per_token(config), "nothing recomputed, padded or made again"
