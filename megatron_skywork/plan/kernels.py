@@ -88,7 +88,9 @@ class Kernels:
 
     def __init__(self, gpu: Gpu, rates: Rates, precision: str, sustained: float = 1.0):
         if precision not in gpu.peak_flops:
-            raise ConfigError(f"precision={precision}: there is no figure of {gpu.name} for it; it has {', '.join(gpu.peak_flops)}")
+            has = ", ".join(gpu.peak_flops)
+            raise ConfigError(f"precision={precision}: there is no figure of {gpu.name} for it; it has {has}. Set train.precision, or measure it there: "
+                              f"python tools/calibrate.py --precision {precision}")  # fmt: skip
         self.shares = shares(gpu, rates)
         for name in ("matmul", "grouped_matmul", "attention_forward", "attention_backward", "memory"):
             share = getattr(self.shares, name)
