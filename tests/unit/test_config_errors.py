@@ -201,6 +201,7 @@ WRONG = [
     ("megatron.moe_apply_probs_on_input=true moe.topk=1", None, "megatron.moe_apply_probs_on_input=true", "set model.backend=te (it is auto)"),
     ("megatron.window_size=[8,0]", None, "megatron.window_size=[8, 0]", "set model.backend=te (it is auto)"),
     ("megatron.cuda_graph_impl=local", None, "megatron.cuda_graph_impl=local", "set model.backend=te (it is auto)"),
+    ("megatron.defer_embedding_wgrad_compute=true", None, "megatron.defer_embedding_wgrad_compute=True", "set model.backend=te (it is auto)"),
     ("megatron.moe_router_fusion=true model.backend=torch", None, "megatron.moe_router_fusion=true", "set model.backend=te"),
     ("megatron.moe_router_fusion=true megatron.moe_enable_routing_replay=true", None, "megatron.moe_router_fusion=true", "leave one of them out"),
     # routing: capacity and auxiliary losses
