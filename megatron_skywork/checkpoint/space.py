@@ -9,10 +9,8 @@ from megatron_skywork.config.schema import Config
 from megatron_skywork.convert.files.output_folder import free_bytes
 from megatron_skywork.convert.progress import human
 from megatron_skywork.errors import CheckpointError
-from megatron_skywork.plan.parameters import count_parameters
+from megatron_skywork.plan.checkpoint_interval import checkpoint_size
 
-# fp32 master weights and two moments, beside the weights themselves.
-_OPTIMIZER_BYTES = 12
 # Indices, random states, rounding of blocks: more than there is in any checkpoint that was looked at.
 _ROOM = 1.01
 _ROOM_BYTES = 1 << 20
@@ -20,8 +18,7 @@ _ROOM_BYTES = 1 << 20
 
 def estimated_bytes(config: Config) -> int:
     """About the size of a checkpoint of this run."""
-    weight_bytes = 4 if config.train.precision == "fp32" else 2
-    return with_room(count_parameters(config).total * (weight_bytes + _OPTIMIZER_BYTES))
+    return with_room(checkpoint_size(config).total)
 
 
 def with_room(tensor_bytes: int) -> int:

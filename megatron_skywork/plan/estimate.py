@@ -166,7 +166,7 @@ def _ends(config: Config, cluster: Cluster, network: Network, stage: int, costs:
     of_stage = cluster.world_size // p.pp
     dense, experts = sum(chunk.dense + chunk.routers for chunk in held), sum(chunk.experts for chunk in held)
     shard = dense / (of_stage / p.tp) + experts / (of_stage / (p.etp * p.ep))
-    moments = 2 * 2 * {"fp32": 4, "bf16": 2}[config.optim.moments]
+    moments = 2 * 2 * COMPUTE_BYTES[config.optim.moments]
     passes = shard * (_STEP_PASSES + moments + COMPUTE_BYTES[config.train.precision]) + (dense + experts) * _CLEARED
     return {"gradients and parameters": reduced + gathered + alone, "optimizer": kernels_of(config, cluster).memory(passes)}
 

@@ -116,10 +116,6 @@ class Cluster:
         """All GPUs."""
         return self.nodes * self.gpus_per_node
 
-    def link(self, ranks: Sequence[int]) -> Link:
-        """The slowest link between any two of these ranks: `between` as soon as they span nodes."""
-        return self.between if len({rank // self.gpus_per_node for rank in ranks}) > 1 else self.inside
-
 
 def load_cluster(name_or_path: str) -> Cluster:
     """A cluster from a file, or a packaged machine by name and number of nodes.

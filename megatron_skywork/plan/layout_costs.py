@@ -28,12 +28,16 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
     return config.model_copy(update={name: getattr(config, name).model_copy(update=values) for name, values in sections.items()})
 
 
+def default_modules(config: Config) -> list[str]:
+    """What parallel.recompute_modules is where nothing is said: a plan that does not name modules leaves it so."""
+    return type(config.parallel).model_fields["recompute_modules"].get_default(call_default_factory=True)
+
+
 def with_split(config: Config, layers: Sequence[int], recomputed: Sequence[int]) -> Config:
     """A configuration whose pieces hold these layers, and recompute so many of them as a whole; selective recomputation stays where none are."""
     split: dict[str, Any] = {"layers_per_stage": list(layers)}
     if any(recomputed):
-        default = type(config.parallel).model_fields["recompute_modules"].get_default(call_default_factory=True)
-        split |= {"recompute": "full", "recompute_layers": list(recomputed), "recompute_modules": default}
+        split |= {"recompute": "full", "recompute_layers": list(recomputed), "recompute_modules": default_modules(config)}
     elif config.parallel.recompute == "full":
         split |= {"recompute": "none", "recompute_layers": None}
     return changed(config, parallel=split)

@@ -22,7 +22,7 @@ from megatron_skywork.config.validate import find_problems, uneven_split
 from megatron_skywork.plan.collective_time import Network
 from megatron_skywork.plan.communication import parameter_traffic
 from megatron_skywork.plan.hardware import Cluster
-from megatron_skywork.plan.layout_costs import LeastBytes, changed
+from megatron_skywork.plan.layout_costs import LeastBytes, changed, default_modules
 from megatron_skywork.plan.split_bounds import Pipeline
 
 # A bisection ends where its borders are this near.
@@ -50,10 +50,9 @@ class Layout:
 
     def applied(self, config: Config) -> Config:
         """The configuration in this layout, layers split as evenly as can be and nothing recomputed; not checked."""
-        default = type(config.parallel).model_fields["recompute_modules"].get_default(call_default_factory=True)
         degrees: dict[str, Any] = {name: getattr(self, name) for name in _PARALLEL}
         degrees["layers_per_stage"] = uneven_split(config.model.num_layers, self.pp * self.vpp)
-        degrees |= {"recompute": "none", "recompute_layers": None, "recompute_modules": default}
+        degrees |= {"recompute": "none", "recompute_layers": None, "recompute_modules": default_modules(config)}
         train = {"micro_batch_size": self.micro_batch_size, "precision": self.precision}
         result = changed(config, parallel=degrees, train=train, optim={"moments": self.moments})
         return changed(result, moe={"capacity_factor": self.capacity_factor}) if config.moe is not None else result

@@ -125,20 +125,6 @@ def stage_memory(config: Config, world_size: int, *, worst_case: bool = False, d
     return stages
 
 
-def in_flight(config: Config, micro_batches: int) -> list[list[int]]:
-    """For each stage and each of its chunks, micro-batches whose activations are held when the stage holds most.
-
-    Args:
-        micro_batches: of one step on one data-parallel rank.
-    """
-    found = []
-    for stage in range(config.parallel.pp):
-        sizes = [piece.kept.total for piece in _stage_pieces(config, stage, False, GPU)]
-        states = [list(counts) for _, _, counts in _states(config.parallel.pp, config.parallel.vpp, micro_batches, stage)]
-        found.append(max(states, key=lambda counts: sum(count * size for count, size in zip(counts, sizes, strict=True))))
-    return found
-
-
 def room_bytes(cluster: Cluster, reserve_bytes: float = RESERVE_BYTES) -> float:
     """What a run may allocate on one GPU."""
     return cluster.gpu.memory_bytes - reserve_bytes

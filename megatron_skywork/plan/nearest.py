@@ -21,7 +21,7 @@ from megatron_skywork.config.validate import uneven_split
 from megatron_skywork.errors import ConfigError
 from megatron_skywork.plan.estimate import estimate
 from megatron_skywork.plan.hardware import Cluster
-from megatron_skywork.plan.layout_costs import changed, held_bytes, pipeline_of, with_split
+from megatron_skywork.plan.layout_costs import changed, default_modules, held_bytes, pipeline_of, with_split
 from megatron_skywork.plan.layouts import problems_of
 from megatron_skywork.plan.memory import RESERVE_BYTES, room_bytes, stage_memory
 from megatron_skywork.plan.splits import best_split, given_split
@@ -196,7 +196,7 @@ def _recomputing(config: Config, cluster: Cluster, room: float) -> Iterator[Conf
     p = config.parallel
     if problems_of(config, cluster.world_size):
         return
-    bare = changed(config, parallel={"recompute": "none", "recompute_layers": None, "recompute_modules": _default_modules(config)})
+    bare = changed(config, parallel={"recompute": "none", "recompute_layers": None, "recompute_modules": default_modules(config)})
     pipeline = pipeline_of(bare, cluster, room)
     own = p.layers_per_stage or [config.model.num_layers // (p.pp * p.vpp)] * (p.pp * p.vpp)
     for split in (given_split(pipeline, own), best_split(pipeline, limit=40)):
@@ -204,10 +204,6 @@ def _recomputing(config: Config, cluster: Cluster, room: float) -> Iterator[Conf
             result = with_split(bare, split.layers, split.recomputed)
             if not problems_of(result, cluster.world_size) and max(memory.total for memory in stage_memory(result, cluster.world_size)) <= room:
                 yield result
-
-
-def _default_modules(config: Config) -> list[str]:
-    return type(config.parallel).model_fields["recompute_modules"].get_default(call_default_factory=True)
 
 
 def _answer(config: Config, candidate: Config, cluster: Cluster) -> tuple[float, list[str], Config]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_skywork.errors import ConfigError
+from megatron_skywork.metrics.throughput import peak_tflops
 from megatron_skywork.plan import hardware
 from megatron_skywork.plan.hardware import Sustained, gpu_names, link_names, load_cluster, packaged_gpu, packaged_link, published_rates
 from megatron_skywork.plan.rates import LinkPoint, alpha_beta, least_squares
@@ -114,7 +115,6 @@ def test_the_cluster_of_skywork_moe():
     assert cluster.world_size == 1536 and cluster.gpu.name == "A800-80G"
     assert cluster.between.peak_bytes_per_second == pytest.approx(800e9 / 8 / 8), "800 Gb/s of a node for 8 GPUs"
     assert cluster.inside.peak_bytes_per_second == pytest.approx(400e9 / 2)
-    assert cluster.link([0, 3, 7]) is cluster.inside and cluster.link([7, 8]) is cluster.between and cluster.link([8, 15]) is cluster.inside
 
 
 def test_a_port_for_each_gpu_and_ports_for_a_node(tmp_path: Path):
@@ -264,3 +264,9 @@ def test_own_numbers_that_cannot_be_are_refused(tmp_path: Path, gpu: str, more: 
     path.write_text(f"cluster:\n  gpu: {own}\n  nodes: 1\n  gpus_per_node: 2\n  inside: {link}{more}\n")
     with pytest.raises(ConfigError, match=re.escape(said)):
         load_cluster(str(path))
+
+
+@pytest.mark.parametrize("name", gpu_names())
+def test_a_run_s_mfu_and_a_plan_s_have_one_peak(name: str) -> None:
+    gpu = packaged_gpu(name)
+    assert gpu is not None and peak_tflops(name) == pytest.approx(gpu.peak_flops["bf16"] / 1e12)

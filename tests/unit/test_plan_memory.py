@@ -13,7 +13,7 @@ from megatron_skywork.config.load import load_config
 from megatron_skywork.config.schema import Config
 from megatron_skywork.plan import activations
 from megatron_skywork.plan.activations import CPU, GPU, layer_activations
-from megatron_skywork.plan.memory import COLUMN_MULTIPLE, FRAGMENTATION, in_flight, stage_memory
+from megatron_skywork.plan.memory import COLUMN_MULTIPLE, FRAGMENTATION, stage_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -146,14 +146,6 @@ def test_held_bytes_by_hand() -> None:
     assert 2 * half.moments == held.moments and half.made_once - held.made_once == 2 * 2 * 4 * GPU.optimizer_numbers
     (fp32,) = stage_memory(config_of(moe={"num_experts": 4}, parallel={"ep": 2}, **FP32), 8)
     assert fp32.masters == 0 and fp32.weights == fp32.gradients
-
-
-def test_micro_batches_in_flight() -> None:
-    assert in_flight(config_of(parallel={"pp": 4}), 8) == [[4], [3], [2], [1]]
-    assert in_flight(config_of(parallel={"pp": 4}), 2) == [[2], [2], [2], [1]]
-    # Interleaved, the first of 2 stages warms up with 2 (2 - 0 - 1) + 2 = 4 forwards and a fifth follows, the second with 2 and a third. Of the first stage's
-    # chunks the one with the embedding keeps more: that moment is its fourth forward, two backwards of the other chunk after [3, 2].
-    assert in_flight(config_of(parallel={"pp": 2, "vpp": 2}), 8) == [[4, 1], [2, 1]]
 
 
 def test_recomputation_and_the_router_move_memory_as_they_must() -> None:
