@@ -43,8 +43,10 @@ from megatron_skywork.config.schema import Config  # noqa: E402
 from megatron_skywork.config.yaml_strict import read_yaml, write_yaml  # noqa: E402
 from megatron_skywork.errors import ConfigError  # noqa: E402
 from megatron_skywork.plan.flops import attention_width, matmul_parameters, report_flops_per_token, train_flops_per_token  # noqa: E402
+from megatron_skywork.plan.hardware import load_cluster  # noqa: E402
+from megatron_skywork.plan.kernels import relative_errors  # noqa: E402
 from megatron_skywork.plan.parameters import count_parameters  # noqa: E402
-from megatron_skywork.plan.sustained import Sample, find, sample  # noqa: E402
+from megatron_skywork.plan.sustained import LINKS, Sample, find, sample  # noqa: E402
 
 RUNS = ROOT / "docs" / "measurements" / "published_runs.yaml"
 GIGA = 1e9
@@ -187,8 +189,6 @@ def memory_bytes(run: Run) -> float | None:
 
 def load_cluster_of(run: Run) -> Any:
     """The row's `plan.hardware.Cluster`."""
-    from megatron_skywork.plan.hardware import load_cluster
-
     if isinstance(run.cluster, str):
         return load_cluster(run.cluster)
     with tempfile.TemporaryDirectory() as folder:
@@ -248,11 +248,17 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups["all, shape, layout and batch published"] = [row for row in rows if not any(_is_setting(key) for key in row["assumed"])]
     return [
         {
-            "group": name, "rows": len(members), "too_big": sum(not row.get("fits", True) for row in members),
+            "group": name, "rows": len(members), "on_a_bound": sum(_is_on_a_bound(row) for row in members),
+            "too_big": sum(not row.get("fits", True) for row in members),
             **_errors(members, "speed_error", "speed"), **_errors(members, "sustained_error", "sustained"), **_errors(members, "memory_error", "memory"),
         }  # fmt: skip
         for name, members in groups.items()
     ]
+
+
+def _is_on_a_bound(row: dict[str, Any]) -> bool:
+    """Whether the share of collectives that the others gave is one that `find` may not pass: then it holds what else is not known."""
+    return "sustained" in row and any(abs(1 / row["sustained"]["collectives"] - bound) < 1e-6 for bound in LINKS)
 
 
 def _is_setting(key: str) -> bool:
@@ -285,14 +291,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
     yield ""
     errors = "mean absolute | mean | worst"
-    yield f"| group | rows | speed: {errors} | by the others: {errors} | memory: rows | {errors} | too big |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield f"| group | rows | speed: {errors} | by the others: {errors} | on a bound | memory: rows | {errors} | too big |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for group in summary(rows):
         parts, others, memory = (
             " | ".join(_percent(group.get(f"{name}_{key}"), sign=key != "mean_absolute") for key in ("mean_absolute", "mean", "worst"))
             for name in ("speed", "sustained", "memory")
         )
-        yield f"| {group['group']} | {group['rows']} | {parts} | {others} | {group['memory_rows']} | {memory} | {group['too_big']} |"
+        yield f"| {group['group']} | {group['rows']} | {parts} | {others} | {group['on_a_bound']} | {group['memory_rows']} | {memory} | {group['too_big']} |"
 
 
 def formula_table(runs: Sequence[Run]) -> Iterator[str]:
@@ -305,6 +311,15 @@ def formula_table(runs: Sequence[Run]) -> Iterator[str]:
         found = {name: speed(run) * count(run.config) / (run.published["mfu_of"] * 1e12) for name, count in CONVENTIONS.items()}
         nearest = min(found, key=lambda name: abs(found[name] - run.published["mfu"]))
         yield f"| {run.id} | {_percent(run.published['mfu'], sign=False)} | {' | '.join(_percent(value, sign=False) for value in found.values())} | {nearest} |"
+
+
+def kernel_table(cluster: Any) -> Iterator[str]:
+    """Markdown: by how much the times of kernels differ from the points that were measured on a cluster's GPU."""
+    yield "| kernel | points | mean absolute error | worst |"
+    yield "| --- | --- | --- | --- |"
+    for kernel, errors in relative_errors(cluster.gpu, cluster.rates).items():
+        if errors:
+            yield f"| {kernel} | {len(errors)} | {_percent(sum(map(abs, errors)) / len(errors), sign=False)} | {_percent(max(errors, key=abs))} |"
 
 
 def _percent(share: float | None, sign: bool = True) -> str:
@@ -339,6 +354,7 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", metavar="ID", help="only these rows or groups")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
     parser.add_argument("--formulas", action="store_true", help="the MFU that each count of FLOPs gives, instead of predictions")
+    parser.add_argument("--kernels", metavar="CLUSTER", help="how far kernels' times are from a cluster's measured points, instead of predictions")
     parser.add_argument("--list", action="store_true", help="ids, groups and sources, instead of predictions")
     arguments = parser.parse_args()
     try:
@@ -346,6 +362,9 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    if arguments.kernels is not None:
+        print("\n".join(kernel_table(load_cluster(arguments.kernels))))
+        return 0
     if arguments.list or arguments.formulas:
         for line in [f"{run.id}  {run.group}  {run.source}" for run in runs] if arguments.list else formula_table(runs):
             print(line)
