@@ -138,7 +138,7 @@ def _parameter_lines(parameters: dict[str, Any]) -> list[str]:
 def _flops_lines(flops: dict[str, Any]) -> list[str]:
     return [f"forward {flops['forward']:.4g}, forward and backward {flops['train']:.4g}", flops["formula"],
             f"under the Skywork-MoE report's convention, 6 N_active + 12 L A S: {flops['report_convention']:.4g}",
-            f"attention counted in full, without the causal half: {flops['full_attention']:.4g}",
+            f"attention counted in full, the masked half too: {flops['full_attention']:.4g}",
             f"done by the hardware: {flops['hardware']:.4g} ({flops['hardware'] / flops['train'] - 1:+.1%} by recomputation, padded slots and vocabulary, "
             "logits made again)"]
 
